@@ -1,0 +1,10 @@
+"""FP8 KV-cache Multi-head Latent Attention (MLA) for JAX on NVIDIA Hopper."""
+
+from mla_jax.attention import mla_decode as mla_decode
+from mla_jax.attention import mla_prefill as mla_prefill
+from mla_jax.attention import mla_sparse_attention as mla_sparse_attention
+from mla_jax.cache import LatentCache as LatentCache
+from mla_jax.cache import allocate_pages as allocate_pages
+from mla_jax.cache import logical_to_physical as logical_to_physical
+from mla_jax.heads import padded_num_heads as padded_num_heads
+from mla_jax.sharding import tensor_parallel as tensor_parallel

@@ -1,0 +1,380 @@
+"""The paged latent KV cache: formats, quantization, write, gather and page bookkeeping.
+
+MLA caches one row per token, shared by all query heads: the latent `kv_c` (kv_lora_rank dims,
+also the values) and the RoPE key `k_pe` (qk_rope_head_dim dims). Rows live in pages:
+
+    data [num_pages, page_size, row]      slot = page * page_size + offset
+
+| format       | row                                                   | bytes at 512 + 64 |
+|--------------|-------------------------------------------------------|-------------------|
+| `fp8_ds_mla` | 512 float8_e4m3fn, 4 float32 scales, 64 bfloat16 RoPE | 656               |
+| `bfloat16`   | 576 bfloat16                                          | 1,152             |
+| `float32`    | 576 float32                                           | 2,304             |
+
+`fp8_ds_mla` is byte for byte the cache of FlashMLA, vLLM and sglang (`pallas_kernels.layout` has
+the picture). Everything here is functional: a write returns a new `LatentCache`, and XLA performs
+it in place where the old one is donated.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt8
+
+from mla_jax.dispatch import Implementation, dispatch
+from pallas_kernels import layout
+
+KVCacheFormat = Literal["fp8_ds_mla", "bfloat16", "float32"]
+ScaleFormat = Literal["power_of_two", "exact"]
+
+_FORMAT_DTYPES = {"fp8_ds_mla": jnp.uint8, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
+_SCALE_FORMATS = ("power_of_two", "exact")
+
+# 2**-13 is FlashMLA's floor: ceil(log2(1e-4)).
+_MIN_SCALE_EXPONENT = -13
+
+
+def _power_of_two_scale(amax: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`2**ceil(log2(max(amax / 448, 1e-4)))` in exact arithmetic.
+
+    448 = 1.75 * 2**8, so the smallest `e` with `amax <= 448 * 2**e` follows from amax's exponent
+    and from whether its significand exceeds 1.75. No division and no log2: every device, and the
+    quantizing kernel, get the same bits.
+    """
+    bits = lax.bitcast_convert_type(amax.astype(jnp.float32), jnp.int32)
+    exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
+    exponent = jnp.maximum(exponent, _MIN_SCALE_EXPONENT)
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def _exact_scale(amax: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`amax / 448`, and float32's smallest normal number for a zero tile (0 / 0 would be NaN)."""
+    return jnp.maximum(amax / layout.FP8_MAX, jnp.finfo(jnp.float32).tiny)
+
+
+def quantize(
+    kv_c: Float[Array, "*tokens kv_lora_rank"],
+    k_pe: Float[Array, "*tokens qk_rope_head_dim"],
+    *,
+    scale_format: ScaleFormat = "power_of_two",
+) -> UInt8[Array, "*tokens row_bytes"]:
+    """Packs latents into `fp8_ds_mla` rows.
+
+    Per 128-dim tile: `scale = f(max|kv_c|)`, `value = e4m3(kv_c / scale)` (round to nearest even);
+    `k_pe` is stored in bfloat16.
+
+    Args:
+      kv_c: new latents, any float dtype. `kv_lora_rank` must be a multiple of 128.
+      k_pe: new RoPE keys, already rotated.
+      scale_format: `"power_of_two"` rounds max|kv_c| / 448 up to a power of two, so that every
+        order of dequantization gives the same bits; `"exact"` keeps max|kv_c| / 448 itself.
+
+    Returns:
+      uint8 rows of `kv_lora_rank + 4 * kv_lora_rank / 128 + 2 * qk_rope_head_dim` bytes.
+
+    Raises:
+      ValueError: if `kv_lora_rank` is no multiple of 128, or `scale_format` is unknown.
+    """
+    _check_scale_format(scale_format)
+    *tokens, kv_lora_rank = kv_c.shape
+    tiles = layout.num_scale_tiles(kv_lora_rank)
+    values = kv_c.astype(jnp.float32).reshape(*tokens, tiles, layout.SCALE_TILE)
+    amax = jnp.max(jnp.abs(values), axis=-1)
+    scales = (_power_of_two_scale if scale_format == "power_of_two" else _exact_scale)(amax)
+    # |values / scales| is at most 448, or rounds to it: the cast cannot overflow to NaN.
+    nope = (values / scales[..., None]).astype(jnp.float8_e4m3fn).reshape(*tokens, kv_lora_rank)
+    return jnp.concatenate(
+        [_to_bytes(nope), _to_bytes(scales), _to_bytes(k_pe.astype(jnp.bfloat16))], axis=-1
+    )
+
+
+def dequantize(
+    rows: UInt8[Array, "*tokens row_bytes"],
+    kv_lora_rank: int = layout.KV_LORA_RANK,
+    qk_rope_head_dim: int = layout.QK_ROPE_HEAD_DIM,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Float[Array, "*tokens latent_dim"]:
+    """Unpacks `fp8_ds_mla` rows: `e4m3 value x scale`, then the RoPE dims, in `dtype`.
+
+    Raises:
+      ValueError: if the rows are not `fp8_ds_mla` rows of these sizes.
+    """
+    row_bytes = layout.fp8_row_bytes(kv_lora_rank, qk_rope_head_dim)
+    if rows.dtype != jnp.uint8 or rows.shape[-1] != row_bytes:
+        raise ValueError(
+            f"{rows.dtype=}, {rows.shape=}: fp8_ds_mla rows of {kv_lora_rank=} and"
+            f" {qk_rope_head_dim=} are uint8 [..., {row_bytes}]"
+        )
+    tiles = layout.num_scale_tiles(kv_lora_rank)
+    nope, scales, rope = jnp.split(rows, [kv_lora_rank, kv_lora_rank + 4 * tiles], axis=-1)
+    nope = lax.bitcast_convert_type(nope, jnp.float8_e4m3fn).astype(jnp.float32)
+    nope = nope.reshape(*nope.shape[:-1], tiles, layout.SCALE_TILE)
+    nope = (nope * _from_bytes(scales, jnp.float32)[..., None]).reshape(*rows.shape[:-1], -1)
+    return jnp.concatenate(
+        [nope.astype(dtype), _from_bytes(rope, jnp.bfloat16).astype(dtype)], axis=-1
+    )
+
+
+def _to_bytes(x: Array) -> UInt8[Array, "..."]:
+    data = lax.bitcast_convert_type(x, jnp.uint8)
+    return data if x.dtype.itemsize == 1 else data.reshape(*x.shape[:-1], -1)
+
+
+def _from_bytes(data: UInt8[Array, "..."], dtype: jax.typing.DTypeLike) -> Array:
+    return lax.bitcast_convert_type(
+        data.reshape(*data.shape[:-1], data.shape[-1] // jnp.dtype(dtype).itemsize, -1), dtype
+    )
+
+
+def _check_scale_format(scale_format: str) -> None:
+    if scale_format not in _SCALE_FORMATS:
+        raise ValueError(f"{scale_format=} must be one of {_SCALE_FORMATS}")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["data"],
+    meta_fields=["kv_lora_rank", "qk_rope_head_dim", "scale_format"],
+)
+@dataclasses.dataclass(frozen=True)
+class LatentCache:
+    """A paged latent cache of one layer, as a pytree with a single leaf.
+
+    Attributes:
+      data: uint8 `[num_pages, page_size, 656]` (`fp8_ds_mla`), or bfloat16 / float32
+        `[num_pages, page_size, 576]`; the dtype is the format.
+      kv_lora_rank: latent dims of a row. Static.
+      qk_rope_head_dim: RoPE dims of a row; 0 is allowed. Static.
+      scale_format: how writes choose the scales of `fp8_ds_mla`; reading needs no choice. Static.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from mla_jax import LatentCache
+      >>> cache = LatentCache.init(num_pages=4, page_size=64)
+      >>> cache = cache.write(jnp.ones((2, 512)), jnp.ones((2, 64)), jnp.array([70, -1]))
+      >>> cache.format, cache.data.shape, float(cache.gather(jnp.array([70]))[0, 0])
+      ('fp8_ds_mla', (4, 64, 656), 1.0)
+    """
+
+    data: Array
+    kv_lora_rank: int = layout.KV_LORA_RANK
+    qk_rope_head_dim: int = layout.QK_ROPE_HEAD_DIM
+    scale_format: ScaleFormat = "power_of_two"
+
+    @classmethod
+    def init(
+        cls,
+        num_pages: int,
+        page_size: int = 64,
+        *,
+        format: KVCacheFormat = "fp8_ds_mla",
+        kv_lora_rank: int = layout.KV_LORA_RANK,
+        qk_rope_head_dim: int = layout.QK_ROPE_HEAD_DIM,
+        scale_format: ScaleFormat = "power_of_two",
+        sharding: jax.sharding.Sharding | None = None,
+    ) -> Self:
+        """An empty cache of `num_pages` pages of `page_size` tokens.
+
+        Args:
+          num_pages: pages in the pool, at least 1.
+          page_size: tokens in a page, any positive size.
+          format: `"fp8_ds_mla"`, `"bfloat16"` or `"float32"`.
+          kv_lora_rank: latent dims; a multiple of 128 for `fp8_ds_mla`.
+          qk_rope_head_dim: RoPE dims.
+          scale_format: `"power_of_two"` or `"exact"`, see `quantize`.
+          sharding: where the array goes; under tensor parallelism it is replicated.
+
+        Raises:
+          ValueError: for sizes that are not positive or an unknown format.
+        """
+        _check_scale_format(scale_format)
+        if format not in _FORMAT_DTYPES:
+            raise ValueError(f"{format=} must be one of {tuple(_FORMAT_DTYPES)}")
+        if num_pages < 1 or page_size < 1 or kv_lora_rank < 1 or qk_rope_head_dim < 0:
+            raise ValueError(
+                f"{num_pages=}, {page_size=}, {kv_lora_rank=} must be positive and"
+                f" {qk_rope_head_dim=} not negative"
+            )
+        row = (
+            layout.fp8_row_bytes(kv_lora_rank, qk_rope_head_dim)
+            if format == "fp8_ds_mla"
+            else kv_lora_rank + qk_rope_head_dim
+        )
+        data = jnp.zeros((num_pages, page_size, row), _FORMAT_DTYPES[format], device=sharding)
+        return cls(data, kv_lora_rank, qk_rope_head_dim, scale_format)
+
+    @property
+    def format(self) -> KVCacheFormat:
+        """The format, from the dtype of `data`."""
+        for name, dtype in _FORMAT_DTYPES.items():
+            if self.data.dtype == dtype:
+                return name  # pyright: ignore[reportReturnType]
+        raise ValueError(
+            f"{self.data.dtype=} is no cache format: use uint8 (fp8_ds_mla), bfloat16 or float32"
+        )
+
+    @property
+    def num_pages(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that fit: `num_pages * page_size`."""
+        return self.num_pages * self.page_size
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one row."""
+        return self.data.shape[2] * self.data.dtype.itemsize
+
+    def check(self, name: str = "kv_cache") -> None:
+        """Raises ValueError, naming the argument, unless shape, dtype and sizes agree."""
+        row = (
+            layout.fp8_row_bytes(self.kv_lora_rank, self.qk_rope_head_dim)
+            if self.format == "fp8_ds_mla"
+            else self.kv_lora_rank + self.qk_rope_head_dim
+        )
+        if self.data.ndim != 3 or self.data.shape[2] != row:
+            raise ValueError(
+                f"{name}.data.shape={self.data.shape}: a {self.format} cache of"
+                f" kv_lora_rank={self.kv_lora_rank} and qk_rope_head_dim={self.qk_rope_head_dim} is"
+                f" [num_pages, page_size, {row}]"
+            )
+
+    def write(
+        self,
+        kv_c: Float[Array, "tokens kv_lora_rank"],
+        k_pe: Float[Array, "tokens qk_rope_head_dim"],
+        slots: Int[Array, " tokens"],
+        *,
+        implementation: Implementation | None = None,
+    ) -> Self:
+        """Writes one row per token; in place where this cache is donated to the enclosing jit.
+
+        Args:
+          kv_c: new latents (after the latent norm).
+          k_pe: new RoPE keys, already rotated.
+          slots: physical slots, `page * page_size + offset`, each at most once. -1 (any slot
+            outside of the cache) writes nothing.
+          implementation: `"xla"`, `"mosaic_gpu"` (one fused kernel; Hopper, `fp8_ds_mla` of 512 +
+            64 dims), or None to choose.
+
+        Raises:
+          ValueError: if the shapes do not fit the cache.
+          NotImplementedError: if `implementation` is named and cannot write this cache.
+        """
+        self.check("self")
+        expected = (
+            (slots.shape[0], self.kv_lora_rank),
+            (slots.shape[0], self.qk_rope_head_dim),
+        )
+        if slots.ndim != 1 or (kv_c.shape, k_pe.shape) != expected:
+            raise ValueError(
+                f"{kv_c.shape=}, {k_pe.shape=}, {slots.shape=}: expected"
+                f" [tokens, {self.kv_lora_rank}], [tokens, {self.qk_rope_head_dim}] and [tokens]"
+            )
+        if not jnp.issubdtype(slots.dtype, jnp.integer):
+            raise ValueError(f"{slots.dtype=} must be an integer type; cast the slots to int32")
+
+        def xla(data: Array, kv_c: Array, k_pe: Array, slots: Array) -> Array:
+            return _write_xla(dataclasses.replace(self, data=data), kv_c, k_pe, slots)
+
+        data = dispatch(
+            implementation,
+            xla,
+            functools.partial(_write_kernel, self),
+            self.data,
+            kv_c,
+            k_pe,
+            slots.astype(jnp.int32),
+        )
+        return dataclasses.replace(self, data=data)
+
+    def gather(
+        self, slots: Int[Array, "*shape"], *, dtype: jax.typing.DTypeLike = jnp.float32
+    ) -> Float[Array, "*shape latent_dim"]:
+        """Rows at physical `slots`, dequantized to `dtype`; zeros for -1 and slots outside.
+
+        Whatever bytes lie in slots that were not asked for never reach the result.
+        """
+        valid = (slots >= 0) & (slots < self.num_slots)
+        rows = self.data.reshape(self.num_slots, -1)[jnp.where(valid, slots, 0)]
+        if self.format == "fp8_ds_mla":
+            rows = dequantize(rows, self.kv_lora_rank, self.qk_rope_head_dim, dtype=dtype)
+        return jnp.where(valid[..., None], rows.astype(dtype), 0)
+
+
+def _write_xla(cache: LatentCache, kv_c: Array, k_pe: Array, slots: Array) -> Array:
+    if cache.format == "fp8_ds_mla":
+        rows = quantize(kv_c, k_pe, scale_format=cache.scale_format)
+    else:
+        rows = jnp.concatenate([kv_c, k_pe], axis=-1).astype(cache.data.dtype)
+    # Negative indices count from the end in jnp: send them past the end, where "drop" drops them.
+    slots = jnp.where(slots < 0, cache.num_slots, slots)
+    flat = cache.data.reshape(cache.num_slots, -1)
+    return flat.at[slots].set(rows, mode="drop").reshape(cache.data.shape)
+
+
+def _write_kernel(cache: LatentCache) -> Callable[[Array, Array, Array, Array], Array]:
+    from pallas_kernels import cache_write_sm90
+
+    if cache.format != "fp8_ds_mla":
+        raise NotImplementedError(
+            f'kv_cache format {cache.format}: implementation="mosaic_gpu" writes fp8_ds_mla only;'
+            ' use "xla" or None'
+        )
+    return functools.partial(cache_write_sm90, scale_format=cache.scale_format)
+
+
+def allocate_pages(
+    max_lens: Sequence[int], page_size: int = 64
+) -> tuple[Int[np.ndarray, "batch pages_per_seq"], int]:
+    """Page tables for a batch whose sequences grow to `max_lens` tokens at most.
+
+    Returns:
+      `(page_indices, num_pages)`: int32 page numbers, consecutive for each sequence and padded
+      with -1, and the pages that the pool needs.
+
+    Raises:
+      ValueError: for an empty batch, a negative length or a page size that is not positive.
+    """
+    if page_size < 1:
+        raise ValueError(f"{page_size=} must be positive")
+    if not len(max_lens) or min(max_lens) < 0:
+        raise ValueError(f"{max_lens=} must hold one length, not negative, per sequence")
+    counts = [-(-n // page_size) for n in max_lens]
+    page_indices = np.full((len(counts), max(1, *counts)), -1, np.int32)
+    next_page = 0
+    for row, count in zip(page_indices, counts, strict=True):
+        row[:count] = np.arange(next_page, next_page + count)
+        next_page += count
+    return page_indices, max(1, next_page)
+
+
+def logical_to_physical(
+    page_indices: Int[Array, "batch pages_per_seq"],
+    positions: Int[Array, "batch n"],
+    page_size: int,
+) -> Int[Array, "batch n"]:
+    """Physical slots of positions within each sequence.
+
+    `slot = page_indices[b, position // page_size] * page_size + position % page_size`; -1 for
+    negative positions, positions beyond the table, and pages that are -1.
+    """
+    pages_per_seq = page_indices.shape[1]
+    logical_pages = positions // page_size
+    valid = (positions >= 0) & (logical_pages < pages_per_seq)
+    pages = jnp.take_along_axis(page_indices, jnp.clip(logical_pages, 0, pages_per_seq - 1), axis=1)
+    return jnp.where(valid & (pages >= 0), pages * page_size + positions % page_size, -1)
