@@ -36,8 +36,8 @@ def with_padded_heads(op: Callable[..., Any]) -> Callable[..., Any]:
     """`op` on q padded with zero heads to `padded_num_heads`; its outputs without them.
 
     `op(q, kv_cache, ..., attn_sink=None, return_lse=False, ...)` is one of `mla_sparse_attention`,
-    `mla_decode`, `mla_prefill`. Heads are the second-to-last dimension of q and out and the last one
-    of lse. Each head stands alone in attention, so the real heads' results do not change.
+    `mla_decode`, `mla_prefill`. Heads are the second-to-last dimension of q and out and the last
+    one of lse. Each head stands alone in attention, so the real heads' results do not change.
     """
 
     @functools.wraps(op)
