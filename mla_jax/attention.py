@@ -85,9 +85,9 @@ def mla_sparse_attention(
         _check_indices("topk_lens", topk_lens, (tokens,), "[tokens]")
 
     def mosaic_gpu() -> _Bound:
+        _require_fp8(cache, q)
         from pallas_kernels import sparse_attention_sm90
 
-        _require_fp8(cache, q)
         return lambda q, data, topk_indices, topk_lens, attn_sink: sparse_attention_sm90(
             q,
             data,
@@ -271,8 +271,8 @@ def _require_fp8(cache: LatentCache, q: Array) -> None:
 
 def _with_sink(attend: Callable[..., tuple[Array, Array]]) -> _Bound:
     def with_sink(q: Array, *arrays: Any) -> tuple[Array, Array]:
-        *arrays, attn_sink = arrays
-        out, lse = attend(q, *arrays)
+        out, lse = attend(q, *arrays[:-1])
+        attn_sink = arrays[-1]
         if attn_sink is not None:
             out = reference.apply_attn_sink(out, lse, attn_sink)
         return out.astype(q.dtype), lse

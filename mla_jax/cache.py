@@ -128,8 +128,9 @@ def _to_bytes(x: Array) -> UInt8[Array, "..."]:
 
 
 def _from_bytes(data: UInt8[Array, "..."], dtype: jax.typing.DTypeLike) -> Array:
+    itemsize = jnp.dtype(dtype).itemsize
     return lax.bitcast_convert_type(
-        data.reshape(*data.shape[:-1], data.shape[-1] // jnp.dtype(dtype).itemsize, -1), dtype
+        data.reshape(*data.shape[:-1], data.shape[-1] // itemsize, itemsize), dtype
     )
 
 

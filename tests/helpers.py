@@ -45,7 +45,9 @@ def _assert_within(name, actual, expected, tolerance):
     error = np.abs(actual - expected)
     wrong = error > tolerance
     worst = np.max(error / np.maximum(tolerance, 1e-300), initial=0)
-    assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.size} off, worst {worst:.2f} x allowed"
+    assert not wrong.any(), (
+        f"{name}: {wrong.sum()} of {wrong.size} off, worst {worst:.2f} x allowed"
+    )
 
 
 def load_flashmla(name):
