@@ -99,10 +99,7 @@ def tensor_parallel(
         out_specs = (specs["out"], specs["lse"]) if options.get("return_lse") else specs["out"]
         if AxisType.Explicit in the_mesh.axis_types:
             # Explicit axes assert in_specs instead of resharding.
-            arrays = {
-                name: jax.tree.map(lambda x, spec=specs[name]: _reshard(x, the_mesh, spec), array)
-                for name, array in arrays.items()
-            }
+            arrays = {name: _reshard(x, the_mesh, specs[name]) for name, x in arrays.items()}
         return jax.shard_map(
             lambda arrays: body_op(**arrays, **options),
             mesh=the_mesh,
@@ -115,8 +112,9 @@ def tensor_parallel(
     return sharded
 
 
-def _reshard(x: jax.Array, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, spec: P) -> Any:
-    return jax.sharding.reshard(x, NamedSharding(mesh, spec))  # pyright: ignore[reportArgumentType]
+def _reshard(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, spec: P) -> Any:
+    sharding = NamedSharding(mesh, spec)  # pyright: ignore[reportArgumentType]
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, sharding), tree)
 
 
 def _check_mesh(
@@ -148,3 +146,22 @@ def _check_mesh(
             f"{q.shape=}: {heads_per_device} heads a device on {head_axis=} are more than"
             f" {MAX_HEADS}; split them over more devices"
         )
+
+
+def replicated(
+    fn: Callable[..., Any],
+    *,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+) -> Callable[..., Any]:
+    """`fn` on every device of the mesh, arguments and results replicated.
+
+    For cache writes next to `tensor_parallel`: XLA's partitioner does not look into a kernel, and
+    under `shard_map` it need not.
+    """
+
+    def everywhere(*args: Any) -> Any:
+        if AxisType.Explicit in mesh.axis_types:
+            args = _reshard(args, mesh, P())
+        return jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(*args)
+
+    return everywhere

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla_jax import mla_decode, mla_prefill, mla_sparse_attention, tensor_parallel
-from tests.helpers import random_q
+from mla_jax import LatentCache, mla_decode, mla_prefill, mla_sparse_attention, tensor_parallel
+from mla_jax.sharding import replicated
+from tests.helpers import random_latents, random_q
 from tests.test_attention import filled_cache, paged_batch
 
 AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
@@ -164,3 +165,17 @@ def test_errors_name_argument_and_remedy():
     odd = jnp.zeros((3, HEADS, 576), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"dimension 0, 3, is not divisible by the 2 devices"):
         call(shape=(2, 4), names=("data", "model"), batch_axis="data", q=odd)
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES, ids=lambda t: t.name)
+def test_replicated_cache_write(axis_type):
+    mesh = make_mesh((8,), ("model",), axis_type)
+    cache = LatentCache.init(4, 16, sharding=NamedSharding(mesh, P()))
+    kv_c, k_pe = random_latents(np.random.default_rng(1), 3)
+    slots = jnp.array([5, -1, 63], jnp.int32)
+    write = jax.jit(replicated(LatentCache.write, mesh=mesh), donate_argnums=0)
+    expected = LatentCache.init(4, 16).write(kv_c, k_pe, slots)
+    got = write(cache, kv_c, k_pe, slots)
+    assert cache.data.is_deleted()
+    for shard in got.data.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(expected.data))
