@@ -5,7 +5,9 @@ import pytest
 import mla_jax
 
 PUBLIC = {
+    "IndexerConfig",
     "LatentCache",
+    "MLAConfig",
     "MultiHeadLatentAttention",
     "SparseMultiHeadLatentAttention",
     "allocate_pages",
