@@ -207,8 +207,11 @@ class Parallelism:
         return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
 
     def replicated_sharding(self) -> NamedSharding | None:
-        mesh = self.mesh or self.current_mesh()
-        return NamedSharding(mesh, P()) if isinstance(mesh, Mesh) else None
+        """Every device of the mesh; None without one. Not for use while tracing."""
+        if isinstance(self.mesh, Mesh):
+            return NamedSharding(self.mesh, P())
+        in_context = self.axis in jax.sharding.get_abstract_mesh().axis_names
+        return NamedSharding(jax.sharding.get_mesh(), P()) if in_context else None
 
     def on_each_device(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """`f` on whole arrays, once per device, out of the partitioner's hands."""
