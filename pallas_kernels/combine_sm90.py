@@ -1,0 +1,72 @@
+"""Merge of split-KV partial results on Hopper, in plain Pallas operations."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_WARPGROUP = 128
+# Stands for "no key yet": finite, so that exp(-inf - maximum) is 0 and not NaN.
+_NO_MAXIMUM = -1e30
+
+
+def merge_partials_sm90(
+    partial_out: jax.Array,
+    partial_lse: jax.Array,
+    attn_sink: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    tokens, num_splits, num_heads, dim = partial_out.shape
+    if partial_lse.shape != (tokens, num_splits, num_heads):
+        raise ValueError(
+            f"{partial_lse.shape=} must be {(tokens, num_splits, num_heads)}, as {partial_out.shape=}"
+        )
+    if dim % _WARPGROUP:
+        raise NotImplementedError(f"{dim=} must be a multiple of {_WARPGROUP}")
+    row_layout = plgpu.Layout.WG_STRIDED((dim,), vec_size=dim // _WARPGROUP)
+
+    def merge_partials_kernel(partial_out_gmem, partial_lse_gmem, *rest):
+        *sink_gmem, out_gmem, lse_gmem = rest
+        row = lax.axis_index("row")
+        token, head = row // num_heads, row % num_heads
+        lses = [partial_lse_gmem[token, k, head] for k in range(num_splits)]
+        parts = [
+            plgpu.load(
+                partial_out_gmem.at[token, k, head], layout=row_layout, optimized=False
+            )
+            for k in range(num_splits)
+        ]
+        maximum = functools.reduce(jnp.maximum, lses, jnp.float32(_NO_MAXIMUM))
+        weights = [jnp.exp(lse - maximum) for lse in lses]
+        denominator = functools.reduce(lax.add, weights)
+        total = functools.reduce(
+            lax.add, [part * weight for part, weight in zip(parts, weights, strict=True)]
+        )
+        normalizer = denominator
+        if sink_gmem:
+            normalizer = denominator + jnp.exp(sink_gmem[0][head] - maximum)
+        inverse = jnp.where(denominator > 0, 1 / normalizer, 0.0)
+        out_gmem[token, head] = (total * inverse).astype(out_gmem.dtype)
+        lse_gmem[token, head] = maximum + jnp.log(denominator)
+
+    operands = [partial_out, partial_lse]
+    if attn_sink is not None:
+        operands.append(attn_sink.astype(jnp.float32))
+    out, lse = plgpu.kernel(
+        merge_partials_kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((tokens, num_heads, dim), jnp.bfloat16),
+            jax.ShapeDtypeStruct((tokens, num_heads), jnp.float32),
+        ],
+        grid=(tokens * num_heads,),
+        grid_names=("row",),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
+        ),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )(*operands)
+    return out, lse
