@@ -511,11 +511,13 @@ class MultiHeadLatentAttention(nnx.Module):
         self,
         cache: LatentCache,
         kv_c: Array,
-        k_pe: Array,
+        k_pe: Array | None,
         tokens: _Tokens,
         implementation: Implementation | None,
     ) -> LatentCache:
-        def write(cache: LatentCache, kv_c: Array, k_pe: Array, slots: Array) -> LatentCache:
+        def write(cache: LatentCache, kv_c: Array, k_pe: Array | None, slots: Array) -> LatentCache:
+            if k_pe is None:  # Made here: XLA of jax 0.11 crashes on empty arguments of a shard_map.
+                k_pe = jnp.zeros((*kv_c.shape[:-1], 0), kv_c.dtype)
             return cache.write(kv_c, k_pe, slots, implementation=implementation)
 
         slots = tokens.slots(cache.page_size)
@@ -833,8 +835,7 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
         index_keys = cache.index_keys
         if self.indexer is not None and index_keys is not None and low_rank_q is not None:
             index_q, weights, new_keys = self.indexer.project(flat_x, low_rank_q, tokens.positions)
-            empty_rope = jnp.zeros((new_keys.shape[0], 0), new_keys.dtype)
-            index_keys = self._write(index_keys, new_keys, empty_rope, tokens, "xla")
+            index_keys = self._write(index_keys, new_keys, None, tokens, "xla")
             topk_indices = self.parallelism.on_each_device(self.indexer.select)(
                 index_q, weights, index_keys, tokens.page_rows, tokens.positions
             )

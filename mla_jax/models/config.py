@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
@@ -120,6 +121,15 @@ class ModelConfig:
     def is_sparse(self) -> bool:
         """Whether attention is top-k sparse (DSA)."""
         return self.attention.indexer is not None
+
+    def max_tensor_parallel(self, num_devices: int) -> int:
+        """The most devices, up to `num_devices`, that heads, widths and vocabulary divide over."""
+        a = self.attention
+        sizes = [a.num_heads, a.hidden_size, self.vocab_size, self.intermediate_size]
+        if self.moe is not None:
+            sizes.append(self.moe.intermediate_size)
+        common = math.gcd(*sizes)
+        return max(n for n in range(1, num_devices + 1) if common % n == 0)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
