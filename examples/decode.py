@@ -24,9 +24,7 @@ from mla_jax.checkpoint import load_model
 from mla_jax.generate import Generation, Generator
 from mla_jax.models import ModelConfig
 
-BUNDLED_CHECKPOINT = (
-    pathlib.Path(__file__).parents[1] / "tests/data/huggingface/deepseek_v32_dsa"
-)
+BUNDLED_CHECKPOINT = pathlib.Path(__file__).parents[1] / "tests/data/huggingface/deepseek_v32_dsa"
 # Unequal lengths, the longest beyond the bundled model's top-k of 16.
 DEMO_PROMPTS = [[(7 * i + 3) % 101 for i in range(n)] for n in (40, 23, 7)]
 SHOWN_SEQUENCES = 4
@@ -95,7 +93,10 @@ def make_mesh(config: ModelConfig, tensor_parallel: int | None) -> Mesh:
 def read_prompts(path: str | None) -> list[list[int]]:
     if path is None:
         return DEMO_PROMPTS
-    prompts = json.loads(pathlib.Path(path).read_text())
+    try:
+        prompts = json.loads(pathlib.Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(prompts, list) or not all(
         isinstance(prompt, list) and all(type(token) is int for token in prompt)
         for prompt in prompts
@@ -165,7 +166,9 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
         f"cache           {size:,} bytes a token and layer in {args.kv_cache_format}; bfloat16 has"
         f" {bfloat16_size:,} ({bfloat16_size / size:.2f}x)"
     )
-    print(f"                {run.bytes_per_token:,} bytes a token in all layers, index keys included")
+    print(
+        f"                {run.bytes_per_token:,} bytes a token in all layers, index keys included"
+    )
     return {
         "generated": run.generated,
         "prefill_logits_shape": list(run.prefill_logits.shape),

@@ -1,15 +1,16 @@
 """Hugging Face checkpoints (safetensors) in, a `CausalLM` on its devices out.
 
 The model is built abstractly, and each parameter is then read straight into its shards: a device's
-part of a tensor is sliced out of the memory-mapped file, dequantized and transposed on the host, and
-placed. Neither random initial values nor a second copy of the weights ever exist.
+part of a tensor is sliced out of the memory-mapped file, dequantized and transposed on the host,
+and placed. Neither random initial values nor a second copy of the weights ever exist.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header of
 `{name: {"dtype", "shape", "data_offsets"}}`, and the tensors' bytes. It is read here rather than by
 the safetensors package, whose NumPy side has no float8.
 
 FP8 checkpoints hold float8_e4m3fn `X.weight` beside float32 `X.weight_scale_inv`, one scale per
-block of (128, 128) [out, in], ragged at the edges: `weight = w8 * scale_inv[out // 128, in // 128]`.
+block of (128, 128) [out, in], ragged at the edges:
+`weight = w8 * scale_inv[out // 128, in // 128]`.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from flax.typing import PrecisionLike
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tqdm.auto import tqdm
 
@@ -48,6 +50,7 @@ _SCALE_SUFFIX = "_scale_inv"
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 _Index = tuple[slice, ...]
+_Progress = Callable[[int], object]
 
 
 class CheckpointError(ValueError):
@@ -107,8 +110,8 @@ def open_safetensors(file: pathlib.Path) -> dict[str, StoredTensor]:
             )
         if 8 + length + end > size:
             raise CheckpointError(
-                f"{name} in {file}: truncated: its data ends at byte {8 + length + end}, the file at"
-                f" {size}"
+                f"{name} in {file}: truncated: its data ends at byte {8 + length + end}, the file"
+                f" at {size}"
             )
         values = np.ndarray(shape, dtype, buffer=data, offset=8 + length + start)
         tensors[name] = StoredTensor(name, file, values)
@@ -178,7 +181,7 @@ class _Parameter:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self, index: _Index, progress: Callable[[int], None]) -> np.ndarray:
+    def read(self, index: _Index, progress: _Progress) -> np.ndarray:
         """The values at `index` of the parameter, as a fresh array."""
         if not self.stacked:
             return self._read_one(0, index, progress)
@@ -189,7 +192,7 @@ class _Parameter:
             row[...] = self._read_one(expert, index[1:], progress)
         return values
 
-    def _read_one(self, i: int, index: _Index, progress: Callable[[int], None]) -> np.ndarray:
+    def _read_one(self, i: int, index: _Index, progress: _Progress) -> np.ndarray:
         index = index[::-1] if self.transpose else index
         stored, scale = self.tensors[i], self.scales[i]
         if scale is None:
@@ -288,7 +291,7 @@ def load_model(
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     mesh: Mesh | None = None,
     model_axis: str = "model",
-    precision: jax.lax.PrecisionLike = None,
+    precision: PrecisionLike = None,
     implementation: Implementation | None = None,
     progress: bool | None = None,
 ) -> CausalLM:
@@ -345,9 +348,7 @@ def load_model(
     total = sum(t.data.nbytes for p in parameters.values() for t in p.tensors)
     with _progress_bar(total, progress) as read:
         loaded = {
-            path: variable.replace(
-                _place(parameters[path], _sharding(variable, mesh), read)
-            )
+            path: variable.replace(_place(parameters[path], _sharding(variable, mesh), read))
             for path, variable in flat.items()
         }
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
@@ -360,12 +361,10 @@ def _sharding(variable: Any, mesh: Mesh | None) -> jax.sharding.Sharding:
     return NamedSharding(mesh, spec)
 
 
-def _place(
-    parameter: _Parameter, sharding: jax.sharding.Sharding, read: Callable[[int], None]
-) -> jax.Array:
-    """Reads each distinct shard once and puts it where it belongs, one shard on the host at a time."""
+def _place(parameter: _Parameter, sharding: jax.sharding.Sharding, read: _Progress) -> jax.Array:
+    """Reads each distinct shard once and puts it where it belongs; the host holds one at a time."""
     indices = sharding.addressable_devices_indices_map(parameter.shape)
-    devices_of: dict[Any, list[jax.Device]] = {}
+    devices_of: dict[Any, list[Any]] = {}
     for device, index in indices.items():
         key = tuple((s.start, s.stop) for s in index or ())
         devices_of.setdefault(key, []).append(device)
@@ -377,10 +376,7 @@ def _place(
 
 
 @contextlib.contextmanager
-def _progress_bar(total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
+def _progress_bar(total: int, show: bool | None) -> Iterator[_Progress]:
     show = sys.stderr.isatty() if show is None else show
-    bar = tqdm(
-        total=total, desc="Loading", unit="B", unit_scale=True, disable=not show, leave=False
-    )
-    with bar:
-        yield lambda n: bar.update(n) and None
+    with tqdm(total=total, desc="Loading", unit="B", unit_scale=True, disable=not show) as bar:
+        yield bar.update

@@ -6,8 +6,8 @@ Three programs at most are compiled per batch shape, ahead of time, so that noth
     start     first tokens from the prefill's logits
     decode    `decode_chunk_size` steps in one `lax.scan`
 
-The caches and the loop's state are donated from call to call and written in place. The host is asked
-for tokens once per decode chunk, while the device already works on the next one.
+The caches and the loop's state are donated from call to call and written in place. The host is
+asked for tokens once per decode chunk, while the device already works on the next one.
 """
 
 import dataclasses
@@ -232,9 +232,9 @@ class Generator:
 class Generation:
     """One batch on its way: prefilled when made, decoded while iterated over.
 
-    Iterating yields, for each finished chunk, a list of new token ids per sequence: first the tokens
-    that follow the prompts, then those of each decode chunk. A sequence ends with its end-of-sequence
-    token, or after `max_new_tokens`.
+    Iterating yields, for each finished chunk, a list of new token ids per sequence: first the
+    tokens that follow the prompts, then those of each decode chunk. A sequence ends with its
+    end-of-sequence token, or after `max_new_tokens`.
 
     Attributes:
       generated: all tokens so far, per sequence.
@@ -280,10 +280,9 @@ class Generation:
             token_ids, kv_lens, cu_q_lens, complete = map(generator._put, chunk)
             args = (caches, logits, token_ids, table, kv_lens, cu_q_lens, complete)
             caches, logits = self._run("prefill_seconds", prefill_step, *args, donate=(0, 1))
-        args = (caches, logits, table, kv_lens, generator._put(np.int32(max_new_tokens)))
-        self.state: DecodeState = self._run(
-            "prefill_seconds", generator._start, *args, donate=(0,)
-        )
+        lens = generator._put(np.array([len(prompt) for prompt in prompts], np.int32))
+        args = (caches, logits, table, lens, generator._put(np.int32(max_new_tokens)))
+        self.state: DecodeState = self._run("prefill_seconds", generator._start, *args, donate=(0,))
         self.prefill_logits = logits
 
     def __iter__(self) -> Iterator[list[list[int]]]:

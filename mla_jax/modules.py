@@ -27,6 +27,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import PrecisionLike
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -69,7 +70,7 @@ class IndexerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MLAConfig:
-    """Sizes of one MLA layer, in Hugging Face's terms; the defaults are DeepSeek V3's per-head ones.
+    """Sizes of one MLA layer, in Hugging Face's terms; per head, DeepSeek V3's are the defaults.
 
     Attributes:
       hidden_size: width of the residual stream.
@@ -90,7 +91,7 @@ class MLAConfig:
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     indexer: IndexerConfig | None = None
 
     def __post_init__(self) -> None:
@@ -138,8 +139,8 @@ class SparseCache:
 
     Attributes:
       latent: the latent cache.
-      index_keys: one row of `index_head_dim` per token, no RoPE part of its own; None in layers that
-        share another layer's top-k.
+      index_keys: one row of `index_head_dim` per token, no RoPE part of its own; None in layers
+        that share another layer's top-k.
     """
 
     latent: LatentCache
@@ -184,7 +185,7 @@ class Parallelism:
         return None if axis_type == AxisType.Manual else context
 
     def metadata(self, *spec: str | None) -> dict[str, Any]:
-        """Variable metadata for an array laid out by `spec`; placed at once where a mesh is known."""
+        """Variable metadata for an array laid out by `spec`, and placed so if a mesh is known."""
         mesh = self.current_mesh()
         placement = {"eager_sharding": False} if mesh is None else {"mesh": mesh}
         return {"out_sharding": P(*spec), **placement}
@@ -236,7 +237,8 @@ class Parallelism:
 
         abstract_mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
         with jax.sharding.use_abstract_mesh(abstract_mesh):
-            return jax.sharding.auto_axes(body, out_sharding=P())(state, args)
+            auto = jax.sharding.auto_axes(body, out_sharding=P())
+            return auto(state, args)  # pyright: ignore[reportCallIssue]
 
 
 @functools.partial(
@@ -263,9 +265,7 @@ class _Tokens:
     batch_shape: tuple[int, ...]
 
     @classmethod
-    def locate(
-        cls, x: Array, page_indices: Array, kv_lens: Array, cu_q_lens: Array | None
-    ) -> Self:
+    def locate(cls, x: Array, page_indices: Array, kv_lens: Array, cu_q_lens: Array | None) -> Self:
         if x.ndim != (3 if cu_q_lens is None else 2):
             raise ValueError(
                 f"{x.shape=} must be [batch, q_len, hidden], or [tokens, hidden] with cu_q_lens"
@@ -335,7 +335,8 @@ class MultiHeadLatentAttention(nnx.Module):
       mesh: run tensor parallel over `head_axis` of this mesh. None takes the mesh in context
         (`jax.set_mesh`) if it has that axis, and otherwise leaves everything on one device.
       head_axis: the mesh axis.
-      implementation: of the attention op and the cache write, "xla", "mosaic_gpu" or None to choose.
+      implementation: of the attention op and the cache write: "xla", "mosaic_gpu" or None to
+        choose.
       rngs: random numbers for the parameters.
 
     Raises:
@@ -348,7 +349,7 @@ class MultiHeadLatentAttention(nnx.Module):
         *,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        precision: PrecisionLike = None,
         kernel_init: nnx.Initializer = _default_kernel_init,
         kernel_metadata: Mapping[str, Any] | None = None,
         out_kernel_metadata: Mapping[str, Any] | None = None,
@@ -408,7 +409,9 @@ class MultiHeadLatentAttention(nnx.Module):
         return self._kv_b_kernel()[..., self.config.qk_nope_head_dim :]
 
     def _kv_b_kernel(self) -> Array:
-        return self.kv_b_proj.kernel[...].reshape(self.config.kv_lora_rank, self.config.num_heads, -1)
+        return self.kv_b_proj.kernel[...].reshape(
+            self.config.kv_lora_rank, self.config.num_heads, -1
+        )
 
     def init_cache(
         self, num_pages: int, page_size: int = 64, *, format: KVCacheFormat = "fp8_ds_mla"
@@ -435,15 +438,15 @@ class MultiHeadLatentAttention(nnx.Module):
         """Attends from the last tokens of each sequence; functional in the cache.
 
         Args:
-          x: `[batch, q_len, hidden_size]`, the last q_len tokens of each sequence: decode (1), drafts
-            (a few) or an equal prefill chunk. With `cu_q_lens` `[tokens, hidden_size]`, a ragged
-            prefill.
-          cache: written at the new tokens' positions; donate it to the enclosing jit to have that in
-            place.
+          x: `[batch, q_len, hidden_size]`, the last q_len tokens of each sequence: decode (1),
+            drafts (a few) or an equal prefill chunk. With `cu_q_lens` `[tokens, hidden_size]`, a
+            ragged prefill.
+          cache: written at the new tokens' positions; donate it to the enclosing jit to have that
+            in place.
           page_indices: int32 page table, -1 where there is no page.
           kv_lens: int32 tokens of each sequence in the cache once this call's tokens are in. Token
-            `j` stands at position `kv_lens[b] - q_len + j`; negative positions are padding: they are
-            not written, and attend to nothing.
+            `j` stands at position `kv_lens[b] - q_len + j`; negative positions are padding: they
+            are not written, and attend to nothing.
           cu_q_lens: int32, ascending from 0: sequence `b` owns tokens `cu_q_lens[b]` to
             `cu_q_lens[b + 1] - 1`. Tokens from `cu_q_lens[-1]` on are padding.
 
@@ -516,7 +519,9 @@ class MultiHeadLatentAttention(nnx.Module):
         implementation: Implementation | None,
     ) -> LatentCache:
         def write(cache: LatentCache, kv_c: Array, k_pe: Array | None, slots: Array) -> LatentCache:
-            if k_pe is None:  # Made here: XLA of jax 0.11 crashes on empty arguments of a shard_map.
+            if (
+                k_pe is None
+            ):  # Made here: XLA of jax 0.11 crashes on empty arguments of a shard_map.
                 k_pe = jnp.zeros((*kv_c.shape[:-1], 0), kv_c.dtype)
             return cache.write(kv_c, k_pe, slots, implementation=implementation)
 
@@ -560,7 +565,7 @@ class Indexer(nnx.Module):
         *,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        precision: PrecisionLike = None,
         kernel_init: nnx.Initializer = _default_kernel_init,
         rngs: nnx.Rngs,
     ):
@@ -701,8 +706,8 @@ class Indexer(nnx.Module):
 class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
     """MLA with DeepSeek Sparse Attention: each token attends to the `topk` keys of an indexer.
 
-    As in DeepSeek V3.2 and GLM-5. Layers without an indexer of their own (`has_indexer=False`, GLM's
-    "shared" layers) attend to the keys that an earlier layer chose.
+    As in DeepSeek V3.2 and GLM-5. Layers without an indexer of their own (`has_indexer=False`,
+    GLM's "shared" layers) attend to the keys that an earlier layer chose.
 
     Example::
 
@@ -735,7 +740,7 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
         has_indexer: bool = True,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        precision: PrecisionLike = None,
         kernel_init: nnx.Initializer = _default_kernel_init,
         rngs: nnx.Rngs,
         **kwargs: Any,

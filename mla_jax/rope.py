@@ -88,7 +88,9 @@ class RopeConfig:
         if rope_type == "default":
             return cls(float(theta))
         if rope_type != "yarn":
-            raise ValueError(f'{rope_type=} in config.json: only "default" and "yarn" are supported')
+            raise ValueError(
+                f'{rope_type=} in config.json: only "default" and "yarn" are supported'
+            )
         if parameters.get("factor") is None:
             raise ValueError("config.json: rope type yarn needs factor")
         known = {field.name for field in dataclasses.fields(YarnConfig)}
@@ -130,8 +132,8 @@ class RopeConfig:
     def cos_sin_factor(self) -> float:
         """Factor on cos and sin: 1, or YaRN's `m(mscale) / m(mscale_all_dim)`.
 
-        `m(s) = 0.1 s ln(factor) + 1`; without both mscales it is `m(1)`. DeepSeek's checkpoints have
-        equal mscales, and so the factor 1.
+        `m(s) = 0.1 s ln(factor) + 1`; without both mscales it is `m(1)`. DeepSeek's checkpoints
+        have equal mscales, and so the factor 1.
         """
         if self.yarn is None:
             return 1.0

@@ -325,9 +325,7 @@ def test_dtype_and_param_dtype():
     page_indices, num_pages = allocate_pages([LEN, LEN], 4)
     cache = module.init_cache(num_pages, 4)
     x = inputs().astype(jnp.bfloat16)
-    out, _ = call(
-        module, x, cache, page_indices=jnp.asarray(page_indices), kv_lens=lens(LEN, LEN)
-    )
+    out, _ = call(module, x, cache, page_indices=jnp.asarray(page_indices), kv_lens=lens(LEN, LEN))
     assert out.dtype == jnp.bfloat16
     page_indices, cache = paged(dense())
     want, _ = call(dense(), inputs(), cache, page_indices=page_indices, kv_lens=lens(LEN, LEN))

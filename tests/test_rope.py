@@ -90,7 +90,9 @@ def test_cos_sin_factor():
         yarn = YarnConfig(factor=4.0, original_max_position_embeddings=1024, **kwargs)
         return RopeConfig(1e4, yarn).cos_sin_factor
 
-    m = lambda s: 0.1 * s * math.log(4) + 1
+    def m(s):
+        return 0.1 * s * math.log(4) + 1
+
     assert factor() == pytest.approx(m(1))
     assert factor(mscale=0.7, mscale_all_dim=0.3) == pytest.approx(m(0.7) / m(0.3))
     assert factor(attention_factor=1.5) == 1.5

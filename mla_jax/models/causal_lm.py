@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.typing import PrecisionLike
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
@@ -133,7 +134,7 @@ class CausalLM(nnx.Module):
         *,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        precision: PrecisionLike = None,
         mesh: Mesh | AbstractMesh | None = None,
         model_axis: str = "model",
         implementation: Implementation | None = None,
@@ -195,8 +196,8 @@ class CausalLM(nnx.Module):
           input_ids: int32 `[batch, q_len]`, or ragged `[tokens]` with `cu_q_lens`.
           caches: one per layer, from `init_caches`; donate them to the enclosing jit.
           page_indices, kv_lens, cu_q_lens: as in `mla_jax.modules.MultiHeadLatentAttention`.
-          last_token_only: compute logits for each sequence's last token only, `[batch, vocab_size]`.
-            (That of a sequence without tokens in this call is arbitrary.)
+          last_token_only: compute logits for each sequence's last token only,
+            `[batch, vocab_size]`. (That of a sequence without tokens in this call is arbitrary.)
 
         Returns:
           `(logits, caches)`; logits are float32 of input_ids' shape plus `[vocab_size]`.

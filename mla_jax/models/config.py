@@ -85,10 +85,11 @@ class ModelConfig:
       indexed_layers: per layer, whether it has its own indexer; the others reuse the top-k of the
         layer before. Empty without sparse attention.
       max_position_embeddings: the longest context.
-      num_nextn_predict_layers: multi-token-prediction layers that follow in the checkpoint; they are
-        not loaded.
+      num_nextn_predict_layers: multi-token-prediction layers that follow in the checkpoint; they
+        are not loaded.
       eos_token_ids: tokens that end a sequence.
-      weight_block_size: (rows, columns) of the blocks that share a scale in float8 weights, or None.
+      weight_block_size: (rows, columns) of the blocks that share a scale in float8 weights, or
+        None.
     """
 
     model_type: str
@@ -159,9 +160,7 @@ class ModelConfig:
                 num_heads=required("index_n_heads"),
                 head_dim=required("index_head_dim"),
                 topk=required("index_topk"),
-                rope_interleaved=config.get(
-                    "indexer_rope_interleave", model_type == "glm_moe_dsa"
-                ),
+                rope_interleaved=config.get("indexer_rope_interleave", model_type == "glm_moe_dsa"),
             )
         attention = MLAConfig(
             hidden_size=required("hidden_size"),
@@ -240,7 +239,9 @@ def _layer_flags(
         return ()
     # Some files list the multi-token-prediction layers, too.
     if len(types) < num_layers or not set(types) <= set(names):
-        raise ValueError(f"{key}={types!r} must name one of {names} for each of {num_layers} layers")
+        raise ValueError(
+            f"{key}={types!r} must name one of {names} for each of {num_layers} layers"
+        )
     return tuple(name == names[0] for name in types[:num_layers])
 
 

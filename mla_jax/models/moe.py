@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import PrecisionLike
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -32,7 +34,7 @@ class MLP(nnx.Module):
         parallelism: Parallelism,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        precision: PrecisionLike = None,
         rngs: nnx.Rngs,
     ):
         parallelism.check_divides(intermediate_size=intermediate_size)
@@ -112,7 +114,7 @@ class Experts(nnx.Module):
         parallelism: Parallelism,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        precision: PrecisionLike = None,
         rngs: nnx.Rngs,
     ):
         parallelism.check_divides(moe_intermediate_size=config.intermediate_size)
@@ -137,7 +139,7 @@ class Experts(nnx.Module):
         axis = self.parallelism.axis
         mesh = self.parallelism.current_mesh()
         kernels = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
-        x, *kernels = nnx.nn.dtypes.promote_dtype((x, *kernels), dtype=self.dtype)
+        x, *kernels = promote_dtype((x, *kernels), dtype=self.dtype)
         apply = functools.partial(apply_experts, precision=self.precision)
         if mesh is None:
             return apply(x, experts, weights, *kernels).astype(x.dtype)
@@ -167,14 +169,14 @@ def apply_experts(
     up: Float[Array, "num_experts hidden_size intermediate_size"],
     down: Float[Array, "num_experts intermediate_size hidden_size"],
     *,
-    precision: jax.lax.PrecisionLike = None,
+    precision: PrecisionLike = None,
 ) -> Float[Array, "tokens hidden_size"]:
     """`sum_k weights[t, k] down_e(silu(gate_e x_t) * up_e x_t)` with `e = experts[t, k]`, float32.
 
-    The (token, expert) pairs are sorted by expert and cut into tiles of one expert each; a scan over
-    the tiles multiplies each with its expert's weights only. (`lax.ragged_dot` says the same, but
-    falls back to every expert on every token where no kernel is at hand.) The number of tiles is
-    static, that of the worst distribution; the idle ones add nothing.
+    The (token, expert) pairs are sorted by expert and cut into tiles of one expert each; a scan
+    over the tiles multiplies each with its expert's weights only. (`lax.ragged_dot` says the same,
+    but falls back to every expert on every token where no kernel is at hand.) The number of tiles
+    is static, that of the worst distribution; the idle ones add nothing.
     """
     tokens, k = experts.shape
     num_experts = gate.shape[0]
@@ -223,7 +225,7 @@ class MoE(nnx.Module):
         parallelism: Parallelism,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
-        precision: jax.lax.PrecisionLike = None,
+        precision: PrecisionLike = None,
         rngs: nnx.Rngs,
     ):
         self.gate = Router(hidden_size, config, param_dtype=param_dtype, rngs=rngs)

@@ -1,0 +1,189 @@
+import dataclasses
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from huggingface import CASES, expected, load
+from jax.sharding import AxisType
+
+from mla_jax.generate import Generation, Generator, _pack_prompts
+from mla_jax.models import CausalLM
+
+NEW = 24
+
+
+@functools.cache
+def generator(case, tensor_parallel=1, axis_type=AxisType.Auto, **kwargs):
+    model = load(case, tensor_parallel, axis_type)
+    return Generator(model, kv_cache_format="float32", page_size=16, **kwargs)
+
+
+def prompts(case, lens=(40, 40)):
+    ids = expected(case)["input_ids"]
+    return [row[:n].tolist() for row, n in zip(ids, lens, strict=True)]
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 8], ids=["TP1", "TP8"])
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_are_those_of_transformers(case, tensor_parallel):
+    data, gen = expected(case), generator(case, tensor_parallel)
+    for chunk_size in (80, 7):  # All prompts in one chunk, and chunks that straddle them.
+        gen.prefill_chunk_size = chunk_size
+        run = gen.generate(prompts(case), NEW)
+        np.testing.assert_allclose(run.prefill_logits, data["logits"][:, -1], atol=1e-3, rtol=0)
+        assert run.run() == data["generated"].tolist()
+
+
+def test_greedy_tokens_on_an_explicit_mesh():
+    run = generator("glm_moe_dsa", 8, AxisType.Explicit).generate(prompts("glm_moe_dsa"), NEW)
+    assert run.run() == expected("glm_moe_dsa")["generated"].tolist()
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v32_dsa"])
+def test_unequal_prompts_do_not_influence_each_other(case):
+    gen = generator(case)
+    gen.prefill_chunk_size = 16
+    together = gen.generate(prompts(case, (40, 17)), NEW).run()
+    assert together[0] == expected(case)["generated"][0].tolist()
+    assert together[1] == gen.generate([prompts(case, (40, 17))[1]], NEW).run()[0]
+
+
+def test_chunks_are_yielded_as_they_finish():
+    gen = generator("deepseek_v3")
+    run = gen.generate(prompts("deepseek_v3"), 12)
+    chunks = list(run)
+    assert [len(chunk[0]) for chunk in chunks] == [1, 8, 3]
+    assert [list(itertools.chain(*parts)) for parts in zip(*chunks, strict=True)] == run.generated
+    assert run.decoded_tokens == 22
+    assert run.tokens_per_second > 0
+    with pytest.raises(ValueError, match="iterated over once"):
+        list(run)
+
+
+def test_a_single_new_token_needs_no_decoding():
+    run = generator("deepseek_v3").generate(prompts("deepseek_v3"), 1)
+    assert run.run() == expected("deepseek_v3")["generated"][:, :1].tolist()
+    assert run.tokens_per_second == 0
+
+
+def test_sequences_end_with_an_end_of_sequence_token():
+    case = "deepseek_v3"
+    want = expected(case)["generated"].tolist()
+    early, late = want[0][5], want[1][11]
+    gen = generator(case, eos_token_ids=(early, late))
+
+    def cut(tokens):
+        ends = [i for i, token in enumerate(tokens) if token in (early, late)]
+        return tokens[: ends[0] + 1]
+
+    run = gen.generate(prompts(case), NEW)
+    chunks = list(run)
+    assert run.generated == [cut(tokens) for tokens in want]
+    assert len(chunks) < 1 + -(-NEW // 8)  # Stops once all have ended.
+    # The first token can end a sequence, too.
+    gen = generator(case, eos_token_ids=(want[0][0], want[1][0]))
+    assert gen.generate(prompts(case), NEW).run() == [want[0][:1], want[1][:1]]
+
+
+def test_nothing_is_traced_or_compiled_twice(monkeypatch):
+    traced = []
+    forward = CausalLM.__call__
+
+    def counting(self, input_ids, *args, **kwargs):
+        traced.append(input_ids.shape)
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(CausalLM, "__call__", counting)
+    gen = Generator(load("deepseek_v32_dsa"), page_size=16, prefill_chunk_size=16)
+    gen.generate(prompts("deepseek_v32_dsa"), NEW).run()
+    # One prefill program for five chunks, one decode program for three.
+    assert set(traced) == {(16,), (2, 1)}
+    before = len(traced)
+    run = gen.generate(prompts("deepseek_v32_dsa"), NEW)
+    run.run()
+    assert len(traced) == before
+    assert run.compile_seconds < 0.1
+
+
+def test_a_decode_chunk_never_asks_the_host():
+    run = generator("deepseek_v32_dsa", 8).generate(prompts("deepseek_v32_dsa"), NEW)
+    program = run._generator.decode_program(run.state)
+    with jax.transfer_guard("disallow"):
+        state, tokens = program(run._generator._params, run.state)
+    assert tokens.shape == (2, 8)
+    assert state.kv_lens.tolist() == [48, 48]
+
+
+@pytest.mark.parametrize(
+    ("case", "tensor_parallel", "format"),
+    [
+        ("deepseek_v3", 1, "fp8_ds_mla"),
+        ("deepseek_v3", 8, "fp8_ds_mla"),
+        ("deepseek_v32_dsa", 1, "float32"),
+        ("deepseek_v32_dsa", 8, "fp8_ds_mla"),
+    ],
+)
+def test_the_decode_step_aliases_the_caches_and_makes_no_second_one(case, tensor_parallel, format):
+    gen = Generator(load(case, tensor_parallel), kv_cache_format=format)
+    # A pool far larger than the two sequences need: a copy of any layer's would stand out.
+    pool = gen.model.init_caches(256, 64, format=format)
+    run = generator(case, tensor_parallel).generate(prompts(case), NEW)
+    state = dataclasses.replace(run.state, caches=pool)
+    compiled = gen.decode_program(state)
+    cache_bytes = [leaf.nbytes for leaf in jax.tree.leaves(pool)]
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(cache_bytes)
+    assert memory.temp_size_in_bytes < min(cache_bytes) / 2
+    header = compiled.as_text().splitlines()[0]
+    aliased = re.findall(r"\(\d+, \{\}, (?:may|must)-alias\)", header)
+    assert len(aliased) >= len(cache_bytes)
+
+    addresses = [
+        leaf.addressable_shards[0].data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pool)
+    ]
+    new_state, _ = compiled(gen._params, state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(pool))
+    assert addresses == [
+        leaf.addressable_shards[0].data.unsafe_buffer_pointer()
+        for leaf in jax.tree.leaves(new_state.caches)
+    ]
+
+
+def test_prompts_are_packed_end_to_end():
+    chunks = list(_pack_prompts([[1, 2, 3, 4, 5], [6], [7, 8]], 3))
+    token_ids, kv_lens, cu_q_lens, complete = (
+        np.stack(parts) for parts in zip(*chunks, strict=True)
+    )
+    np.testing.assert_array_equal(token_ids, [[1, 2, 3], [4, 5, 6], [7, 8, 0]])
+    np.testing.assert_array_equal(kv_lens, [[3, 0, 0], [5, 1, 0], [5, 1, 2]])
+    np.testing.assert_array_equal(cu_q_lens, [[0, 3, 3, 3], [0, 2, 3, 3], [0, 0, 0, 2]])
+    np.testing.assert_array_equal(complete, [[0, 0, 0], [1, 1, 0], [0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("batch", "new", "message"),
+    [
+        ([], 1, "give at least one prompt"),
+        ([[1], []], 1, r"lengths \[1, 0\]"),
+        ([[1]], 0, "max_new_tokens=0 must be at least 1"),
+        ([[1], [5, 320]], 1, r"prompts\[1\] has token id 320; vocab_size=320"),
+        ([[1]], 4096, "make 4097 tokens; the model's context holds 4096"),
+    ],
+)
+def test_bad_requests_are_named(batch, new, message):
+    with pytest.raises(ValueError, match=message):
+        generator("deepseek_v3").generate(batch, new)
+
+
+def test_sizes_must_be_positive():
+    with pytest.raises(ValueError, match="decode_chunk_size=0"):
+        Generator(load("deepseek_v3"), decode_chunk_size=0)
+
+
+def test_generation_is_exported_for_annotations():
+    assert isinstance(generator("deepseek_v3").generate([[1]], 1), Generation)
+    assert generator("deepseek_v3").generate([[1]], 1).prefill_logits.dtype == jnp.float32
