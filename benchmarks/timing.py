@@ -17,16 +17,17 @@ class Timing:
     """Microseconds of one call, on the GPU's own clock.
 
     Attributes:
-      us: median span from the start of the call's first kernel to the end of its last one.
+      us: median span from the start of the call's first kernel to the end of its last one; where
+        XLA did not compile every call to the same kernels, `end_to_end_us`.
       best_us: the shortest span.
       end_to_end_us: the whole chain's span divided by its calls, launch gaps included.
-      kernels: kernels per call.
+      kernels: name and median microseconds of each of the call's kernels, in order.
     """
 
     us: float
     best_us: float
     end_to_end_us: float
-    kernels: int
+    kernels: tuple[tuple[str, float], ...]
 
 
 def time_chain(
@@ -34,42 +35,48 @@ def time_chain(
     shared: Sequence[Any],
     fresh: Sequence[Sequence[Any]],
     *,
-    repeats: int = 5,
+    carry: Any = None,
+    repeats: int = 4,
 ) -> Timing:
     """Times `function(*shared, *fresh[i])` for every i, as an unrolled chain inside one jit.
 
     Each call gets its own `fresh` arguments (another set of indices), so that one call's rows are
     not in the L2 cache because the call before has read them.
+
+    With `carry`, `carry = function(carry, *shared, *fresh[i])` instead, and the carry is donated.
     """
-    calls = len(fresh)
-    chain = jax.jit(lambda shared, fresh: [function(*shared, *arguments) for arguments in fresh])
-    compiled = chain.lower(shared, fresh).compile()
-    for _ in range(2):
-        jax.block_until_ready(compiled(shared, fresh))
+    one = jax.jit(function)  # traced once, whatever the number of calls
+    threads = carry is not None
+
+    def chain(carry: Any, shared: Any, fresh: Any) -> Any:
+        results = []
+        for arguments in fresh:
+            if threads:
+                carry = one(carry, *shared, *arguments)
+            else:
+                results.append(one(*shared, *arguments))
+        return carry, results
+
+    compiled = jax.jit(chain, donate_argnums=0).lower(carry, shared, fresh).compile()
+
+    def run(times: int) -> None:
+        nonlocal carry
+        for _ in range(times):
+            carry, _ = jax.block_until_ready(compiled(carry, shared, fresh))
+
+    run(2)
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
-            for _ in range(repeats):
-                jax.block_until_ready(compiled(shared, fresh))
+            run(repeats)
         (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
         events = _gpu_events(path)
-    # What every call launches occurs at least once per call; profiler leftovers do not.
-    counts = collections.Counter(name for _, _, name in events)
-    events = [event for event in events if counts[event[2]] >= calls * repeats]
-    if not events or len(events) % (calls * repeats):
-        raise RuntimeError(
-            f"{len(events)} kernels do not divide into {calls * repeats} calls: {counts=}"
-        )
-    kernels = len(events) // (calls * repeats)
-    by_call = [events[i : i + kernels] for i in range(0, len(events), kernels)]
-    spans = [(max(end for _, end, _ in call) - call[0][0]) / 1e3 for call in by_call]
-    by_chain = [events[i : i + kernels * calls] for i in range(0, len(events), kernels * calls)]
-    chains = [(max(end for _, end, _ in c) - c[0][0]) / 1e3 / calls for c in by_chain]
-    return Timing(
-        float(np.median(spans)), float(np.min(spans)), float(np.median(chains)), kernels
-    )
+    return _timing(events, len(fresh), repeats)
 
 
-def _gpu_events(path: str) -> list[tuple[float, float, str]]:
+_Event = tuple[float, float, str]
+
+
+def _gpu_events(path: str) -> list[_Event]:
     """(start ns, end ns, name) of everything that ran on a GPU stream, by start."""
     events = []
     for plane in ProfileData.from_file(path).planes:
@@ -82,3 +89,29 @@ def _gpu_events(path: str) -> list[tuple[float, float, str]]:
                     for event in line.events
                 ]
     return sorted(events)
+
+
+def _span_us(events: Sequence[_Event]) -> float:
+    return (max(end for _, end, _ in events) - events[0][0]) / 1e3
+
+
+def _timing(events: list[_Event], calls: int, repeats: int) -> Timing:
+    if not events:
+        raise RuntimeError("the profiler saw nothing on the GPU")
+    per_repeat, uneven = divmod(len(events), repeats)
+    if uneven:
+        counts = collections.Counter(name for _, _, name in events)
+        raise RuntimeError(f"{len(events)} kernels do not divide into {repeats=}: {counts}")
+    chains = [events[i : i + per_repeat] for i in range(0, len(events), per_repeat)]
+    end_to_end_us = float(np.median([_span_us(chain) for chain in chains])) / calls
+    per_call, uneven = divmod(per_repeat, calls)
+    names = [name for _, _, name in events]
+    if uneven or names[: len(names) - per_call] != names[per_call:]:
+        return Timing(end_to_end_us, end_to_end_us, end_to_end_us, ())
+    by_call = [events[i : i + per_call] for i in range(0, len(events), per_call)]
+    spans = [_span_us(call) for call in by_call]
+    kernels = tuple(
+        (by_call[0][i][2], float(np.median([_span_us([call[i]]) for call in by_call])))
+        for i in range(per_call)
+    )
+    return Timing(float(np.median(spans)), float(np.min(spans)), end_to_end_us, kernels)

@@ -3,3 +3,8 @@
 Nothing here knows of meshes, modules or caches as objects; `mla_jax` imports this package, never
 the other way round.
 """
+
+from pallas_kernels.cache_write_sm90 import cache_write_sm90 as cache_write_sm90
+from pallas_kernels.combine_sm90 import merge_partials_sm90 as merge_partials_sm90
+from pallas_kernels.sparse_decode_sm90 import SparseAttentionConfig as SparseAttentionConfig
+from pallas_kernels.sparse_decode_sm90 import sparse_attention_sm90 as sparse_attention_sm90

@@ -1,14 +1,17 @@
 """Merge of split-KV partial results on Hopper, in plain Pallas operations."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper as hw
+
 _WARPGROUP = 128
+_COLUMNS = 512
 # Stands for "no key yet": finite, so that exp(-inf - maximum) is 0 and not NaN.
 _NO_MAXIMUM = -1e30
 
@@ -23,20 +26,25 @@ def merge_partials_sm90(
     tokens, num_splits, num_heads, dim = partial_out.shape
     if partial_lse.shape != (tokens, num_splits, num_heads):
         raise ValueError(
-            f"{partial_lse.shape=} must be {(tokens, num_splits, num_heads)}, as {partial_out.shape=}"
+            f"{partial_lse.shape=} must be {(tokens, num_splits, num_heads)}, the leading"
+            f" dimensions of {partial_out.shape=}"
         )
     if dim % _WARPGROUP:
         raise NotImplementedError(f"{dim=} must be a multiple of {_WARPGROUP}")
-    row_layout = plgpu.Layout.WG_STRIDED((dim,), vec_size=dim // _WARPGROUP)
+    columns = min(dim, _COLUMNS)
+    num_chunks = dim // columns
+    row_layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // _WARPGROUP)
 
     def merge_partials_kernel(partial_out_gmem, partial_lse_gmem, *rest):
         *sink_gmem, out_gmem, lse_gmem = rest
-        row = lax.axis_index("row")
+        cta = lax.axis_index("cta")
+        row, chunk = cta // num_chunks, cta % num_chunks
         token, head = row // num_heads, row % num_heads
+        dims = pl.ds(chunk * columns, columns)
         lses = [partial_lse_gmem[token, k, head] for k in range(num_splits)]
         parts = [
             plgpu.load(
-                partial_out_gmem.at[token, k, head], layout=row_layout, optimized=False
+                partial_out_gmem.at[token, k, head, dims], layout=row_layout, optimized=False
             )
             for k in range(num_splits)
         ]
@@ -50,7 +58,7 @@ def merge_partials_sm90(
         if sink_gmem:
             normalizer = denominator + jnp.exp(sink_gmem[0][head] - maximum)
         inverse = jnp.where(denominator > 0, 1 / normalizer, 0.0)
-        out_gmem[token, head] = (total * inverse).astype(out_gmem.dtype)
+        out_gmem[token, head, dims] = (total * inverse).astype(out_gmem.dtype)
         lse_gmem[token, head] = maximum + jnp.log(denominator)
 
     operands = [partial_out, partial_lse]
@@ -62,11 +70,11 @@ def merge_partials_sm90(
             jax.ShapeDtypeStruct((tokens, num_heads, dim), jnp.bfloat16),
             jax.ShapeDtypeStruct((tokens, num_heads), jnp.float32),
         ],
-        grid=(tokens * num_heads,),
-        grid_names=("row",),
+        grid=(tokens * num_heads * num_chunks,),
+        grid_names=("cta",),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*operands)
-    return out, lse
+    return hw.as_varying_as(out, operands), hw.as_varying_as(lse, operands)

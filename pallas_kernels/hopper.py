@@ -25,10 +25,11 @@ index in the lower half of the register):
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
@@ -413,8 +414,7 @@ def load_matrices_transposed(row_address: Reg, offset: int = 0) -> list[Reg]:
     `[8, 8]`: result i of a lane is the pair `m[i][2c:2c+2, g]`.
     """
     return _asm(
-        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
-        f" {{$0, $1, $2, $3}}, [$4+{offset}];",
+        f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$0, $1, $2, $3}}, [$4+{offset}];",
         row_address,
         out=[_i32()] * 4,
         effects=True,
@@ -481,9 +481,7 @@ def transpose_matrix(x: Reg) -> Reg:
 
     Plain: `x.reshape(8, 8).T` for the 64 elements in lane order.
     """
-    return _asm(
-        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", x, out=_i32(), convergent=True
-    )
+    return _asm("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", x, out=_i32(), convergent=True)
 
 
 def mma_m16n8k16(c: Sequence[Reg], a: Sequence[Reg], b: Sequence[Reg], dtype: str) -> list[Reg]:
@@ -497,7 +495,7 @@ def mma_m16n8k16(c: Sequence[Reg], a: Sequence[Reg], b: Sequence[Reg], dtype: st
     )
 
 
-# ------------------------------------------------------------------- barriers and asynchronous copies
+# ------------------------------------------------------------- barriers and asynchronous copies
 
 
 def warp_sync() -> None:
@@ -562,10 +560,18 @@ def copy_row_to_shared(destination: Reg, source: Reg, num_bytes: int, barrier: R
 # --------------------------------------------------------------------------------- control flow
 
 
+def _then_block(branch: scf.IfOp) -> ir.Block:
+    return branch.regions[0].blocks[0]
+
+
+def _else_block(branch: scf.IfOp) -> ir.Block:
+    return branch.regions[1].blocks[0]
+
+
 @contextlib.contextmanager
 def when(condition: Reg) -> Iterator[None]:
     """`if condition:` for statements that only have effects."""
-    with ir.InsertionPoint(scf.IfOp(condition.value).then_block):
+    with ir.InsertionPoint(_then_block(scf.IfOp(condition.value))):
         yield
         scf.yield_([])
 
@@ -592,11 +598,28 @@ def cond(condition: Reg, on_true: Callable[[], Any], otherwise: Any) -> Any:
     """`on_true() if condition else otherwise`, nested lists of registers of one structure."""
     values, structure = _flatten(otherwise)
     branch = scf.IfOp(condition.value, [v.type for v in values], has_else=True)
-    with ir.InsertionPoint(branch.then_block):
+    with ir.InsertionPoint(_then_block(branch)):
         result, result_structure = _flatten(on_true())
         if result_structure != structure:
             raise TypeError(f"branches return {result_structure} and {structure}")
         scf.yield_(result)
-    with ir.InsertionPoint(branch.else_block):
+    with ir.InsertionPoint(_else_block(branch)):
         scf.yield_(values)
     return jax.tree.unflatten(structure, [Reg(v) for v in branch.results])
+
+
+# --------------------------------------------------------------------------------------- launch
+
+
+def as_varying_as(x: jax.Array, operands: Iterable[jax.Array]) -> jax.Array:
+    """`x` typed as varying over every mesh axis over which one of `operands` varies.
+
+    Inside `jax.shard_map`, Pallas drops the axes from its results' types. Without them a loop that
+    carries such a result does not type-check, and a wrong `out_specs` goes unnoticed.
+    """
+
+    def varying(array: jax.Array) -> frozenset[str]:
+        return getattr(getattr(jax.typeof(array), "mat", None), "varying", frozenset())
+
+    axes = frozenset().union(*map(varying, operands)) - varying(x)
+    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x

@@ -1,0 +1,1 @@
+"""Kernels against their floors, XLA and recorded peers: `python3 -m benchmarks`."""
