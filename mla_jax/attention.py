@@ -8,24 +8,29 @@
 | Hopper | other      | "xla"                  | "xla"                       |
 | other  | any        | "xla"                  | "xla"                       |
 
-The sparse kernel serves prefill and decode alike: there is no heuristic switch between them.
+The sparse kernel serves prefill and decode alike: there is no heuristic switch between them. It
+takes bfloat16 q.
+
+On a mesh, wrap the ops in `mla_jax.tensor_parallel`.
 
 ValueError is the caller's mistake and names the argument. NotImplementedError says that a named
 implementation cannot do what was asked; None then takes "xla". Everything is decided while tracing.
 """
 
+import dataclasses
 import functools
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mla_jax import reference
 from mla_jax.cache import LatentCache
 from mla_jax.dispatch import Implementation, dispatch
-from pallas_kernels import layout
+from pallas_kernels import SparseAttentionConfig, layout, sparse_attention_sm90
 
 # A kernel or reference with everything but its array arguments bound.
 _Bound = Callable[..., tuple[Array, Array]]
@@ -41,7 +46,7 @@ def mla_sparse_attention(
     topk_lens: Int[Array, " tokens"] | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
-    config: Any | None = None,
+    config: SparseAttentionConfig | None = None,
 ) -> Array | tuple[Array, Array]:
     """Token-sparse MLA: each token attends to the cache slots that it names.
 
@@ -56,7 +61,8 @@ def mla_sparse_attention(
     sparse kernels.
 
     Args:
-      q: absorbed queries `ql_nope ++ q_pe`; bfloat16 for the kernels, float32 under "xla" too.
+      q: absorbed queries `ql_nope ++ q_pe`; bfloat16 for the kernel, float32 and float16 (computed
+        in float32) under "xla" too.
       kv_cache: a `LatentCache`, or its array: uint8 `[pages, page_size, 656]`, bfloat16 or float32
         `[pages, page_size, 576]`.
       topk_indices: physical slots (page * page_size + offset), -1 for "none" in any position.
@@ -67,7 +73,7 @@ def mla_sparse_attention(
       topk_lens: entries of `topk_indices` from `topk_lens[token]` on are ignored.
       return_lse: also return lse.
       implementation: "xla", "mosaic_gpu" (Hopper, `fp8_ds_mla`, bfloat16 q) or None to choose.
-      config: `pallas_kernels.SparseAttentionConfig` to override the kernel's own choice of tiles.
+      config: overrides the kernel's own choice of tiles, wherever the kernel runs.
 
     Returns:
       out, of q's dtype, `[tokens, num_q_heads, kv_lora_rank]`; with `return_lse` also lse, float32
@@ -78,16 +84,28 @@ def mla_sparse_attention(
       NotImplementedError: if the named implementation cannot do this.
     """
     cache = _as_cache(kv_cache)
-    _check_common(q, 3, "[tokens, num_q_heads, {}]", cache, sm_scale, attn_sink)
+    q, topk_indices, topk_lens, attn_sink = _as_arrays(
+        q=q, topk_indices=topk_indices, topk_lens=topk_lens, attn_sink=attn_sink
+    )
+    sm_scale = _check_common(q, 3, "[tokens, num_q_heads, {}]", cache, sm_scale, attn_sink)
     tokens = q.shape[0]
     _check_indices("topk_indices", topk_indices, (tokens, None), "[tokens, topk]")
     if topk_lens is not None:
         _check_indices("topk_lens", topk_lens, (tokens,), "[tokens]")
+    if config is not None and (
+        implementation == "xla" or not isinstance(config, SparseAttentionConfig)
+    ):
+        raise ValueError(
+            f"{config=} must be None or a pallas_kernels.SparseAttentionConfig, for the mosaic_gpu"
+            f" kernel ({implementation=})"
+        )
 
     def mosaic_gpu() -> _Bound:
-        _require_fp8(cache, q)
-        from pallas_kernels import sparse_attention_sm90
-
+        if cache.format != "fp8_ds_mla" or q.dtype != jnp.bfloat16:
+            raise NotImplementedError(
+                f"kv_cache format {cache.format} with {q.dtype=}: the mosaic_gpu kernel takes"
+                ' fp8_ds_mla and bfloat16 q; use implementation="xla"'
+            )
         return lambda q, data, topk_indices, topk_lens, attn_sink: sparse_attention_sm90(
             q,
             data,
@@ -98,14 +116,18 @@ def mla_sparse_attention(
             config=config,
         )
 
-    @_with_sink
-    def xla(q, data, topk_indices, topk_lens):
+    def xla(q, data, topk_indices, topk_lens, attn_sink):
         return reference.sparse_attention(
-            q, _with_data(cache, data), topk_indices, sm_scale=sm_scale, topk_lens=topk_lens
+            q,
+            dataclasses.replace(cache, data=data),
+            topk_indices,
+            sm_scale=sm_scale,
+            topk_lens=topk_lens,
+            attn_sink=attn_sink,
         )
 
-    out, lse = _dispatch(
-        implementation, config, xla, mosaic_gpu, q, cache.data, topk_indices, topk_lens, attn_sink
+    out, lse = dispatch(
+        implementation, xla, mosaic_gpu, q, cache.data, topk_indices, topk_lens, attn_sink
     )
     return (out, lse) if return_lse else out
 
@@ -120,7 +142,6 @@ def mla_decode(
     attn_sink: Float[Array, " num_q_heads"] | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
-    config: Any | None = None,
 ) -> Array | tuple[Array, Array]:
     """Dense paged MLA of each sequence's last `q_len` positions.
 
@@ -138,14 +159,14 @@ def mla_decode(
       q: absorbed queries `ql_nope ++ q_pe`.
       kv_cache: a `LatentCache`, or its array, as in `mla_sparse_attention`.
       page_indices: int32 page table (FlashMLA's block_table); entries beyond `kv_lens` are never
-        read and may hold anything.
+        read and may hold anything. Keys of pages outside of the cache (-1) are skipped.
       kv_lens: tokens of each sequence in the cache, the q_len new ones included. 0 (a graph-padded
-        row), or fewer than q_len, leaves queries without keys.
+        row), or fewer than q_len, leaves queries without keys; keys beyond the page table are
+        skipped.
       sm_scale: multiplies the scores, see `mla_sparse_attention`.
       attn_sink: float32 logit per head; out is multiplied by `sigmoid(lse - attn_sink)`.
       return_lse: also return lse.
       implementation: "xla" or None.
-      config: must be None under "xla".
 
     Returns:
       out, of q's dtype, `[batch, q_len, num_q_heads, kv_lora_rank]`; with `return_lse` also lse,
@@ -156,25 +177,25 @@ def mla_decode(
       NotImplementedError: if the named implementation cannot do this.
     """
     cache = _as_cache(kv_cache)
-    _check_common(q, 4, "[batch, q_len, num_q_heads, {}]", cache, sm_scale, attn_sink)
+    q, page_indices, kv_lens, attn_sink = _as_arrays(
+        q=q, page_indices=page_indices, kv_lens=kv_lens, attn_sink=attn_sink
+    )
+    sm_scale = _check_common(q, 4, "[batch, q_len, num_q_heads, {}]", cache, sm_scale, attn_sink)
     _check_pages(page_indices, kv_lens, q.shape[0])
 
-    @_with_sink
-    def xla(q, data, page_indices, kv_lens):
+    def xla(q, data, page_indices, kv_lens, attn_sink):
         return reference.decode(
-            q, _with_data(cache, data), page_indices, kv_lens, sm_scale=sm_scale
+            q,
+            dataclasses.replace(cache, data=data),
+            page_indices,
+            kv_lens,
+            sm_scale=sm_scale,
+            attn_sink=attn_sink,
         )
 
-    out, lse = _dispatch(
-        implementation,
-        config,
-        xla,
-        functools.partial(_no_kernel, "mla_decode"),
-        q,
-        cache.data,
-        page_indices,
-        kv_lens,
-        attn_sink,
+    mosaic_gpu = functools.partial(_no_kernel, "mla_decode")
+    out, lse = dispatch(
+        implementation, xla, mosaic_gpu, q, cache.data, page_indices, kv_lens, attn_sink
     )
     return (out, lse) if return_lse else out
 
@@ -190,25 +211,24 @@ def mla_prefill(
     attn_sink: Float[Array, " num_q_heads"] | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
-    config: Any | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Dense paged MLA of a ragged batch: chunked prefill, or a mix of prefill and decode.
+    """Dense paged MLA of a ragged batch: chunked prefill of prompts of any lengths.
 
     Tokens `cu_q_lens[b]` to `cu_q_lens[b + 1] - 1` are the last ones of sequence `b`, in order: the
     last stands at position `kv_lens[b] - 1`. Each attends to all keys up to and including its own;
-    formula as in `mla_decode`.
+    formula as in `mla_decode`. Sequences of one token are allowed, but a batch of them is faster in
+    `mla_decode`.
 
     Args:
       q: absorbed queries `ql_nope ++ q_pe`.
       kv_cache: a `LatentCache`, or its array, as in `mla_sparse_attention`.
-      page_indices: int32 page table; entries beyond `kv_lens` are never read.
-      kv_lens: tokens of each sequence in the cache, the new ones included.
+      page_indices: int32 page table, as in `mla_decode`.
+      kv_lens: tokens of each sequence in the cache, the new ones included, as in `mla_decode`.
       cu_q_lens: int32, ascending from 0; tokens from `cu_q_lens[-1]` on are padding.
       sm_scale: multiplies the scores, see `mla_sparse_attention`.
       attn_sink: float32 logit per head; out is multiplied by `sigmoid(lse - attn_sink)`.
       return_lse: also return lse.
       implementation: "xla" or None.
-      config: must be None under "xla".
 
     Returns:
       out, of q's dtype, `[tokens, num_q_heads, kv_lora_rank]`; with `return_lse` also lse, float32
@@ -219,91 +239,70 @@ def mla_prefill(
       NotImplementedError: if the named implementation cannot do this.
     """
     cache = _as_cache(kv_cache)
-    _check_common(q, 3, "[tokens, num_q_heads, {}]", cache, sm_scale, attn_sink)
+    q, page_indices, kv_lens, cu_q_lens, attn_sink = _as_arrays(
+        q=q,
+        page_indices=page_indices,
+        kv_lens=kv_lens,
+        cu_q_lens=cu_q_lens,
+        attn_sink=attn_sink,
+    )
+    sm_scale = _check_common(q, 3, "[tokens, num_q_heads, {}]", cache, sm_scale, attn_sink)
     batch = kv_lens.shape[0] if kv_lens.ndim else 0
     _check_pages(page_indices, kv_lens, batch)
     _check_indices("cu_q_lens", cu_q_lens, (batch + 1,), "[batch + 1]")
 
-    @_with_sink
-    def xla(q, data, page_indices, kv_lens, cu_q_lens):
+    def xla(q, data, page_indices, kv_lens, cu_q_lens, attn_sink):
         return reference.prefill(
-            q, _with_data(cache, data), page_indices, kv_lens, cu_q_lens, sm_scale=sm_scale
+            q,
+            dataclasses.replace(cache, data=data),
+            page_indices,
+            kv_lens,
+            cu_q_lens,
+            sm_scale=sm_scale,
+            attn_sink=attn_sink,
         )
 
-    out, lse = _dispatch(
-        implementation,
-        config,
-        xla,
-        functools.partial(_no_kernel, "mla_prefill"),
-        q,
-        cache.data,
-        page_indices,
-        kv_lens,
-        cu_q_lens,
-        attn_sink,
+    mosaic_gpu = functools.partial(_no_kernel, "mla_prefill")
+    out, lse = dispatch(
+        implementation, xla, mosaic_gpu, q, cache.data, page_indices, kv_lens, cu_q_lens, attn_sink
     )
     return (out, lse) if return_lse else out
-
-
-def _dispatch(
-    implementation: Implementation | None,
-    config: Any | None,
-    xla: _Bound,
-    mosaic_gpu: Callable[[], _Bound],
-    *args: Any,
-) -> tuple[Array, Array]:
-    if config is not None and implementation == "xla":
-        raise ValueError(f'{config=} is for kernels; drop it, or implementation="xla"')
-    return dispatch(implementation, xla, mosaic_gpu, *args)
 
 
 def _no_kernel(op: str) -> _Bound:
     raise NotImplementedError(f'{op} has no implementation="mosaic_gpu"; use "xla" or None')
 
 
-def _require_fp8(cache: LatentCache, q: Array) -> None:
-    if cache.format != "fp8_ds_mla" or q.dtype != jnp.bfloat16:
-        raise NotImplementedError(
-            f"kv_cache format {cache.format} with {q.dtype=}: the mosaic_gpu kernel takes"
-            ' fp8_ds_mla and bfloat16 q; use implementation="xla"'
-        )
-
-
-def _with_sink(attend: Callable[..., tuple[Array, Array]]) -> _Bound:
-    def with_sink(q: Array, *arrays: Any) -> tuple[Array, Array]:
-        out, lse = attend(q, *arrays[:-1])
-        attn_sink = arrays[-1]
-        if attn_sink is not None:
-            out = reference.apply_attn_sink(out, lse, attn_sink)
-        return out.astype(q.dtype), lse
-
-    return with_sink
-
-
-def _with_data(cache: LatentCache, data: Array) -> LatentCache:
-    return LatentCache(data, cache.kv_lora_rank, cache.qk_rope_head_dim, cache.scale_format)
-
-
 # Validation
+
+
+def _as_arrays(**arguments: Any) -> list[Any]:
+    """NumPy arrays, which page tables often are, as jax arrays; None stays None."""
+    for name, x in arguments.items():
+        if x is not None and not hasattr(x, "dtype"):
+            raise ValueError(f"{name}={x!r} must be an array; wrap it in jnp.asarray")
+    return [x if x is None else jnp.asarray(x) for x in arguments.values()]
 
 
 def _as_cache(kv_cache: LatentCache | Array) -> LatentCache:
     if isinstance(kv_cache, LatentCache):
         kv_cache.check()
-        return kv_cache
+        return dataclasses.replace(kv_cache, data=jnp.asarray(kv_cache.data))
+    (data,) = _as_arrays(kv_cache=kv_cache)
     rows = {
         jnp.dtype(jnp.uint8): layout.FP8_ROW_BYTES,
         jnp.dtype(jnp.bfloat16): layout.LATENT_DIM,
         jnp.dtype(jnp.float32): layout.LATENT_DIM,
     }
-    row = rows.get(jnp.dtype(kv_cache.dtype))
-    if kv_cache.ndim != 3 or kv_cache.shape[-1] != row:
+    if data.ndim != 3 or data.shape[-1] != rows.get(data.dtype):
         raise ValueError(
-            f"{kv_cache.shape=}, {kv_cache.dtype=}: a bare kv_cache is uint8 [num_pages, page_size,"
-            f" {layout.FP8_ROW_BYTES}] or bfloat16 / float32 [num_pages, page_size,"
-            f" {layout.LATENT_DIM}]; wrap other sizes in LatentCache"
+            f"kv_cache.shape={data.shape}, kv_cache.dtype={data.dtype}: a bare kv_cache is uint8"
+            f" [num_pages, page_size, {layout.FP8_ROW_BYTES}] or bfloat16 / float32 [num_pages,"
+            f" page_size, {layout.LATENT_DIM}]; wrap other sizes in LatentCache"
         )
-    return LatentCache(kv_cache)
+    cache = LatentCache(data)
+    cache.check()
+    return cache
 
 
 def _check_common(
@@ -313,7 +312,8 @@ def _check_common(
     cache: LatentCache,
     sm_scale: float,
     attn_sink: Array | None,
-) -> None:
+) -> float:
+    """Checks what all ops share; returns sm_scale as a Python float."""
     latent_dim = cache.kv_lora_rank + cache.qk_rope_head_dim
     if q.ndim != ndim or q.shape[-1] != latent_dim:
         raise ValueError(
@@ -325,13 +325,17 @@ def _check_common(
         raise ValueError(f"{q.dtype=} must be bfloat16, float16 or float32; cast q")
     if q.shape[-2] < 1:
         raise ValueError(f"{q.shape=} has no heads")
-    if isinstance(sm_scale, jax.Array) or not sm_scale > 0:
+    is_number = isinstance(sm_scale, numbers.Real) and not isinstance(sm_scale, bool)
+    if not (is_number and math.isfinite(sm_scale) and sm_scale > 0):
         raise ValueError(
-            f"{sm_scale=} must be a positive Python number: qk_head_dim**-0.5, times the square of"
-            " YaRN's factor"
+            f"{sm_scale=} must be a positive number, known while tracing: qk_head_dim**-0.5, times"
+            " the square of YaRN's factor"
         )
     if attn_sink is not None and attn_sink.shape != q.shape[-2:-1]:
-        raise ValueError(f"{attn_sink.shape=} must be one logit per head, {q.shape[-2:-1]}")
+        raise ValueError(
+            f"{attn_sink.shape=} must be {q.shape[-2:-1]}, one logit for each of q's heads"
+        )
+    return float(sm_scale)
 
 
 def _check_pages(page_indices: Array, kv_lens: Array, batch: int) -> None:
@@ -346,6 +350,7 @@ def _check_indices(name: str, x: Array, shape: tuple[int | None, ...], meaning: 
         want is None or have == want for have, want in zip(x.shape, shape, strict=True)
     )
     if not fits:
-        raise ValueError(f"{name}.shape={x.shape} must be {meaning} = {shape}")
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}.shape={x.shape} must be {meaning} = [{sizes}]")
     if x.dtype != jnp.int32:
         raise ValueError(f"{name}.dtype={x.dtype} must be int32; cast it with .astype(jnp.int32)")

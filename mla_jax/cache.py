@@ -55,7 +55,9 @@ def _power_of_two_scale(amax: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def _exact_scale(amax: Float[Array, "..."]) -> Float[Array, "..."]:
     """`amax / 448`, and float32's smallest normal number for a zero tile (0 / 0 would be NaN)."""
-    return jnp.maximum(amax / layout.FP8_MAX, jnp.finfo(jnp.float32).tiny)
+    # A constant divisor XLA would replace by its rounded reciprocal: off by a bit half of the time.
+    divisor = jnp.where(jnp.isnan(amax), 1.0, jnp.float32(layout.FP8_MAX))
+    return jnp.maximum(amax / divisor, jnp.finfo(jnp.float32).tiny)
 
 
 def quantize(
@@ -79,9 +81,13 @@ def quantize(
       uint8 rows of `kv_lora_rank + 4 * kv_lora_rank / 128 + 2 * qk_rope_head_dim` bytes.
 
     Raises:
-      ValueError: if `kv_lora_rank` is no multiple of 128, or `scale_format` is unknown.
+      ValueError: if `kv_lora_rank` is no multiple of 128, the latents are not floats, or
+        `scale_format` is unknown.
     """
     _check_scale_format(scale_format)
+    for name, x in (("kv_c", kv_c), ("k_pe", k_pe)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype={x.dtype} must be a float dtype")
     *tokens, kv_lora_rank = kv_c.shape
     tiles = layout.num_scale_tiles(kv_lora_rank)
     values = kv_c.astype(jnp.float32).reshape(*tokens, tiles, layout.SCALE_TILE)
@@ -116,7 +122,8 @@ def dequantize(
     nope, scales, rope = jnp.split(rows, [kv_lora_rank, kv_lora_rank + 4 * tiles], axis=-1)
     nope = lax.bitcast_convert_type(nope, jnp.float8_e4m3fn).astype(jnp.float32)
     nope = nope.reshape(*nope.shape[:-1], tiles, layout.SCALE_TILE)
-    nope = (nope * _from_bytes(scales, jnp.float32)[..., None]).reshape(*rows.shape[:-1], -1)
+    nope = nope * _from_bytes(scales, jnp.float32)[..., None]
+    nope = nope.reshape(*rows.shape[:-1], kv_lora_rank)
     return jnp.concatenate(
         [nope.astype(dtype), _from_bytes(rope, jnp.bfloat16).astype(dtype)], axis=-1
     )
@@ -124,7 +131,7 @@ def dequantize(
 
 def _to_bytes(x: Array) -> UInt8[Array, "..."]:
     data = lax.bitcast_convert_type(x, jnp.uint8)
-    return data if x.dtype.itemsize == 1 else data.reshape(*x.shape[:-1], -1)
+    return data.reshape(*x.shape[:-1], x.shape[-1] * x.dtype.itemsize)
 
 
 def _from_bytes(data: UInt8[Array, "..."], dtype: jax.typing.DTypeLike) -> Array:
@@ -204,11 +211,7 @@ class LatentCache:
                 f"{num_pages=}, {page_size=}, {kv_lora_rank=} must be positive and"
                 f" {qk_rope_head_dim=} not negative"
             )
-        row = (
-            layout.fp8_row_bytes(kv_lora_rank, qk_rope_head_dim)
-            if format == "fp8_ds_mla"
-            else kv_lora_rank + qk_rope_head_dim
-        )
+        row = _row_size(format, kv_lora_rank, qk_rope_head_dim)
         data = jnp.zeros((num_pages, page_size, row), _FORMAT_DTYPES[format], device=sharding)
         return cls(data, kv_lora_rank, qk_rope_head_dim, scale_format)
 
@@ -242,17 +245,26 @@ class LatentCache:
 
     def check(self, name: str = "kv_cache") -> None:
         """Raises ValueError, naming the argument, unless shape, dtype and sizes agree."""
-        row = (
-            layout.fp8_row_bytes(self.kv_lora_rank, self.qk_rope_head_dim)
-            if self.format == "fp8_ds_mla"
-            else self.kv_lora_rank + self.qk_rope_head_dim
-        )
-        if self.data.ndim != 3 or self.data.shape[2] != row:
+        row = _row_size(self.format, self.kv_lora_rank, self.qk_rope_head_dim)
+        if self.data.ndim != 3 or self.data.shape[2] != row or 0 in self.data.shape:
             raise ValueError(
                 f"{name}.data.shape={self.data.shape}: a {self.format} cache of"
                 f" kv_lora_rank={self.kv_lora_rank} and qk_rope_head_dim={self.qk_rope_head_dim} is"
-                f" [num_pages, page_size, {row}]"
+                f" [num_pages, page_size, {row}], with at least one page of one token"
             )
+
+    def valid_slots(self, slots: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+        """int32 `slots`, with -1 for every slot outside of the cache.
+
+        Raises:
+          ValueError: if the slots are not integers.
+        """
+        if not jnp.issubdtype(slots.dtype, jnp.integer):
+            raise ValueError(f"{slots.dtype=} must be an integer type; cast the slots to int32")
+        if slots.dtype.itemsize < 4:
+            slots = slots.astype(jnp.int32)
+        # Before narrowing: 2**32 + 2 is outside, not slot 2.
+        return jnp.where((slots >= 0) & (slots < self.num_slots), slots, -1).astype(jnp.int32)
 
     def write(
         self,
@@ -277,17 +289,16 @@ class LatentCache:
           NotImplementedError: if `implementation` is named and cannot write this cache.
         """
         self.check("self")
+        kv_c, k_pe, slots = jnp.asarray(kv_c), jnp.asarray(k_pe), jnp.asarray(slots)
         expected = (
-            (slots.shape[0], self.kv_lora_rank),
-            (slots.shape[0], self.qk_rope_head_dim),
+            (*slots.shape, self.kv_lora_rank),
+            (*slots.shape, self.qk_rope_head_dim),
         )
         if slots.ndim != 1 or (kv_c.shape, k_pe.shape) != expected:
             raise ValueError(
                 f"{kv_c.shape=}, {k_pe.shape=}, {slots.shape=}: expected"
                 f" [tokens, {self.kv_lora_rank}], [tokens, {self.qk_rope_head_dim}] and [tokens]"
             )
-        if not jnp.issubdtype(slots.dtype, jnp.integer):
-            raise ValueError(f"{slots.dtype=} must be an integer type; cast the slots to int32")
 
         def xla(data: Array, kv_c: Array, k_pe: Array, slots: Array) -> Array:
             return _write_xla(dataclasses.replace(self, data=data), kv_c, k_pe, slots)
@@ -299,7 +310,7 @@ class LatentCache:
             self.data,
             kv_c,
             k_pe,
-            slots.astype(jnp.int32),
+            self.valid_slots(slots),
         )
         return dataclasses.replace(self, data=data)
 
@@ -309,12 +320,16 @@ class LatentCache:
         """Rows at physical `slots`, dequantized to `dtype`; zeros for -1 and slots outside.
 
         Whatever bytes lie in slots that were not asked for never reach the result.
+
+        Raises:
+          ValueError: if the slots are not integers, or the cache is malformed.
         """
-        valid = (slots >= 0) & (slots < self.num_slots)
-        rows = self.data.reshape(self.num_slots, -1)[jnp.where(valid, slots, 0)]
+        self.check("self")
+        slots = self.valid_slots(jnp.asarray(slots))
+        rows = _as_rows(self)[jnp.maximum(slots, 0)]
         if self.format == "fp8_ds_mla":
             rows = dequantize(rows, self.kv_lora_rank, self.qk_rope_head_dim, dtype=dtype)
-        return jnp.where(valid[..., None], rows.astype(dtype), 0)
+        return jnp.where((slots >= 0)[..., None], rows.astype(dtype), 0)
 
 
 def _write_xla(cache: LatentCache, kv_c: Array, k_pe: Array, slots: Array) -> Array:
@@ -322,10 +337,20 @@ def _write_xla(cache: LatentCache, kv_c: Array, k_pe: Array, slots: Array) -> Ar
         rows = quantize(kv_c, k_pe, scale_format=cache.scale_format)
     else:
         rows = jnp.concatenate([kv_c, k_pe], axis=-1).astype(cache.data.dtype)
-    # Negative indices count from the end in jnp: send them past the end, where "drop" drops them.
+    # Negative indices count from the end in jnp: send -1 past the end, where "drop" drops it.
     slots = jnp.where(slots < 0, cache.num_slots, slots)
-    flat = cache.data.reshape(cache.num_slots, -1)
-    return flat.at[slots].set(rows, mode="drop").reshape(cache.data.shape)
+    return _as_rows(cache).at[slots].set(rows, mode="drop").reshape(cache.data.shape)
+
+
+def _as_rows(cache: LatentCache) -> Array:
+    return cache.data.reshape(cache.num_slots, cache.data.shape[2])
+
+
+def _row_size(format: KVCacheFormat, kv_lora_rank: int, qk_rope_head_dim: int) -> int:
+    """Elements (bytes for `fp8_ds_mla`) of one row."""
+    if format == "fp8_ds_mla":
+        return layout.fp8_row_bytes(kv_lora_rank, qk_rope_head_dim)
+    return kv_lora_rank + qk_rope_head_dim
 
 
 def _write_kernel(cache: LatentCache) -> Callable[[Array, Array, Array, Array], Array]:
@@ -372,10 +397,12 @@ def logical_to_physical(
     """Physical slots of positions within each sequence.
 
     `slot = page_indices[b, position // page_size] * page_size + position % page_size`; -1 for
-    negative positions, positions beyond the table, and pages that are -1.
+    negative positions, positions beyond the table, and page numbers that are negative or overflow.
     """
     pages_per_seq = page_indices.shape[1]
     logical_pages = positions // page_size
     valid = (positions >= 0) & (logical_pages < pages_per_seq)
     pages = jnp.take_along_axis(page_indices, jnp.clip(logical_pages, 0, pages_per_seq - 1), axis=1)
-    return jnp.where(valid & (pages >= 0), pages * page_size + positions % page_size, -1)
+    # A junk page number must not wrap around to a real slot.
+    valid &= (pages >= 0) & (pages < 2**31 // page_size)
+    return jnp.where(valid, pages * page_size + positions % page_size, -1)

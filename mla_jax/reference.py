@@ -4,13 +4,17 @@ All functions compute, for each query head over the rows it may see,
 
     s = sm_scale * q . [kv_c, k_pe]      out = softmax(s) @ kv_c      lse = log(sum(exp(s)))
 
-with q absorbed (`ql_nope ++ q_pe`). Matrix products run in q's dtype and accumulate in float32;
-with float32 q everything is float32. Rows that a query may not see are replaced by zeros before any
-arithmetic, so that no byte of theirs, NaN included, reaches the result.
+with q absorbed (`ql_nope ++ q_pe`), then multiply out by `sigmoid(lse - attn_sink)` if there is a
+sink. Matrix products take bfloat16 operands where q is bfloat16 and float32 ones otherwise, and
+accumulate in float32. Rows that a query may not see are replaced by zeros before any arithmetic, so
+that no byte of theirs, NaN included, reaches the result.
 
-Memory is bounded whatever the shapes: the sparse form walks over chunks of tokens, the dense forms
-over chunks of keys with an online softmax (Milakov and Gimelshein, 2018).
+What is held beside inputs and outputs is bounded, whatever the shapes: the sparse form walks over
+chunks of tokens, the dense forms over chunks of queries and of keys with an online softmax (Milakov
+and Gimelshein, 2018).
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +23,30 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax.cache import LatentCache, logical_to_physical
 
-# Gathered rows that the sparse form holds at a time. The largest common decode step, 128 tokens x
-# top-k 2,048 in bfloat16, is 302 MB and still goes in one piece.
-_MAX_GATHER_BYTES = 512 * 2**20
-# Keys per step of the dense forms, and queries per step of the ragged one.
+# Rows and scores held at a time; XLA keeps two or three arrays of that size. 128 decode tokens x
+# top-k 2,048 in bfloat16, the largest common decode step, are 302 MB of rows: one piece.
+_MAX_CHUNK_BYTES = 512 * 2**20
+# Keys per step of the dense forms at most, and queries per step of the ragged one.
 _KEY_CHUNK = 1024
 _QUERY_CHUNK = 128
+# Fewer keys per step than this make the loop's overhead show.
+_MIN_KEY_CHUNK = 64
 
 _HIGHEST = lax.Precision.HIGHEST
+
+
+class _Softmax(NamedTuple):
+    """What all forms share."""
+
+    sm_scale: float
+    attn_sink: Array | None
+    compute_dtype: jnp.dtype
+    out_dtype: jnp.dtype
+
+
+def _softmax(q: Array, sm_scale: float, attn_sink: Array | None) -> _Softmax:
+    compute_dtype = jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32
+    return _Softmax(sm_scale, attn_sink, jnp.dtype(compute_dtype), jnp.dtype(q.dtype))
 
 
 def sparse_attention(
@@ -36,21 +56,26 @@ def sparse_attention(
     *,
     sm_scale: float,
     topk_lens: Int[Array, " tokens"] | None,
+    attn_sink: Float[Array, " num_q_heads"] | None,
 ) -> tuple[Float[Array, "tokens num_q_heads kv_lora_rank"], Float[Array, "tokens num_q_heads"]]:
-    """Top-k attention, `(out float32, lse float32)`, chunked over tokens."""
+    """Top-k attention, `(out of q's dtype, lse float32)`, chunked over tokens."""
     tokens, topk = topk_indices.shape
+    softmax = _softmax(q, sm_scale, attn_sink)
     if topk_lens is not None:
         topk_indices = jnp.where(jnp.arange(topk) < topk_lens[:, None], topk_indices, -1)
-    bytes_per_token = max(1, topk * q.shape[-1] * q.dtype.itemsize)
-    num_chunks = max(1, -(-tokens * bytes_per_token // _MAX_GATHER_BYTES))
+    bytes_per_token = topk * max(
+        q.shape[-1] * softmax.compute_dtype.itemsize,
+        q.shape[-2] * 4,
+    )
+    num_chunks = max(1, -(-tokens * bytes_per_token // _MAX_CHUNK_BYTES))
     if num_chunks == 1:
-        return _attend_rows(q, cache, topk_indices, sm_scale)
+        return _attend_rows(q, cache, topk_indices, softmax)
     chunk = -(-tokens // num_chunks)
     padding = num_chunks * chunk - tokens
     q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
     topk_indices = jnp.pad(topk_indices, ((0, padding), (0, 0)), constant_values=-1)
     out, lse = lax.map(
-        lambda args: _attend_rows(args[0], cache, args[1], sm_scale),
+        lambda args: _attend_rows(args[0], cache, args[1], softmax),
         (
             q.reshape(num_chunks, chunk, *q.shape[1:]),
             topk_indices.reshape(num_chunks, chunk, topk),
@@ -66,18 +91,18 @@ def _attend_rows(
     q: Float[Array, "tokens num_q_heads latent_dim"],
     cache: LatentCache,
     slots: Int[Array, "tokens keys"],
-    sm_scale: float,
+    softmax: _Softmax,
 ) -> tuple[Array, Array]:
-    rows = cache.gather(slots, dtype=q.dtype)
-    valid = (slots >= 0) & (slots < cache.num_slots)
-    scores = _scores("thd,tkd->thk", q, rows, sm_scale)
-    scores = jnp.where(valid[:, None], scores, -jnp.inf)
+    slots = cache.valid_slots(slots)
+    rows = cache.gather(slots, dtype=softmax.compute_dtype)
+    scores = _scores("thd,tkd->thk", q, rows, softmax)
+    scores = jnp.where((slots >= 0)[:, None], scores, -jnp.inf)
     running_max = jnp.max(scores, axis=-1, initial=-jnp.inf)
     weights = jnp.exp(scores - _finite(running_max)[..., None])
     denominator = jnp.sum(weights, axis=-1)
     values = rows[..., : cache.kv_lora_rank]
     numerator = _weighted_values("thk,tkd->thd", weights, values)
-    return _finish(numerator, running_max, denominator)
+    return _finish(numerator, running_max, denominator, softmax)
 
 
 def decode(
@@ -87,12 +112,35 @@ def decode(
     kv_lens: Int[Array, " batch"],
     *,
     sm_scale: float,
+    attn_sink: Float[Array, " num_q_heads"] | None,
 ) -> tuple[
     Float[Array, "batch q_len num_q_heads kv_lora_rank"], Float[Array, "batch q_len num_q_heads"]
 ]:
-    """Dense attention of each sequence's last `q_len` positions, `(out float32, lse float32)`."""
-    positions = kv_lens[:, None] - q.shape[1] + jnp.arange(q.shape[1])
-    return _attend_pages(q, cache, page_indices, positions, sm_scale)
+    """Dense attention of each sequence's last `q_len` positions, `(out, lse float32)`."""
+    batch, q_len, num_q_heads, latent_dim = q.shape
+    softmax = _softmax(q, sm_scale, attn_sink)
+    positions = kv_lens[:, None] - q_len + jnp.arange(q_len)
+    # Scores, weights, and the accumulators of a block of queries.
+    bytes_per_query = max(1, batch * num_q_heads * 4 * (2 * _MIN_KEY_CHUNK + 2 * latent_dim))
+    block = max(1, min(q_len, _MAX_CHUNK_BYTES // bytes_per_query))
+    if block >= q_len:
+        return _attend_pages(q, cache, page_indices, positions, softmax)
+    num_blocks = -(-q_len // block)
+    padding = num_blocks * block - q_len
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
+    out, lse = lax.map(
+        lambda args: _attend_pages(args[0], cache, page_indices, args[1], softmax),
+        (
+            jnp.moveaxis(q.reshape(batch, num_blocks, block, *q.shape[2:]), 1, 0),
+            jnp.moveaxis(positions.reshape(batch, num_blocks, block), 1, 0),
+        ),
+    )
+    out, lse = jnp.moveaxis(out, 0, 1), jnp.moveaxis(lse, 0, 1)
+    return (
+        out.reshape(batch, num_blocks * block, *out.shape[3:])[:, :q_len],
+        lse.reshape(batch, num_blocks * block, num_q_heads)[:, :q_len],
+    )
 
 
 def prefill(
@@ -103,37 +151,40 @@ def prefill(
     cu_q_lens: Int[Array, " batch_plus_1"],
     *,
     sm_scale: float,
+    attn_sink: Float[Array, " num_q_heads"] | None,
 ) -> tuple[Float[Array, "tokens num_q_heads kv_lora_rank"], Float[Array, "tokens num_q_heads"]]:
-    """Ragged dense attention, `(out float32, lse float32)`; one block of one sequence at a time."""
+    """Ragged dense attention, `(out, lse float32)`; one block of one sequence at a time."""
     tokens, num_q_heads, _ = q.shape
+    softmax = _softmax(q, sm_scale, attn_sink)
+    chunk = max(1, min(_QUERY_CHUNK, tokens))
     # A block that starts at the last token reaches beyond the end: the padding keeps dynamic_slice
     # from moving its start.
-    q = jnp.pad(q, ((0, _QUERY_CHUNK), (0, 0), (0, 0)))
-    out = jnp.zeros((tokens + _QUERY_CHUNK, num_q_heads, cache.kv_lora_rank), jnp.float32)
-    lse = jnp.full((tokens + _QUERY_CHUNK, num_q_heads), -jnp.inf, jnp.float32)
-    offsets = jnp.arange(_QUERY_CHUNK)
+    q = jnp.pad(q, ((0, chunk), (0, 0), (0, 0)))
+    out = jnp.zeros((tokens + chunk, num_q_heads, cache.kv_lora_rank), softmax.out_dtype)
+    lse = jnp.full((tokens + chunk, num_q_heads), -jnp.inf, jnp.float32)
+    if kv_lens.shape[0] == 0:
+        return out[:tokens], lse[:tokens]
+    offsets = jnp.arange(chunk)
 
     def block(b: Array, i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         out, lse = state
-        start = cu_q_lens[b] + i * _QUERY_CHUNK
+        start = cu_q_lens[b] + i * chunk
         in_sequence = start + offsets < cu_q_lens[b + 1]
-        first_position = kv_lens[b] - (cu_q_lens[b + 1] - cu_q_lens[b]) + i * _QUERY_CHUNK
+        first_position = kv_lens[b] - (cu_q_lens[b + 1] - cu_q_lens[b]) + i * chunk
         positions = jnp.where(in_sequence, first_position + offsets, -1)
         block_out, block_lse = _attend_pages(
-            lax.dynamic_slice_in_dim(q, start, _QUERY_CHUNK)[None],
+            lax.dynamic_slice_in_dim(q, start, chunk)[None],
             cache,
             lax.dynamic_slice_in_dim(page_indices, b, 1),
             positions[None],
-            sm_scale,
+            softmax,
         )
         # The block's tail may hold the next sequence's tokens: those keep what they have.
         block_out = jnp.where(
-            in_sequence[:, None, None],
-            block_out[0],
-            lax.dynamic_slice_in_dim(out, start, _QUERY_CHUNK),
+            in_sequence[:, None, None], block_out[0], lax.dynamic_slice_in_dim(out, start, chunk)
         )
         block_lse = jnp.where(
-            in_sequence[:, None], block_lse[0], lax.dynamic_slice_in_dim(lse, start, _QUERY_CHUNK)
+            in_sequence[:, None], block_lse[0], lax.dynamic_slice_in_dim(lse, start, chunk)
         )
         return (
             lax.dynamic_update_slice_in_dim(out, block_out, start, 0),
@@ -141,7 +192,7 @@ def prefill(
         )
 
     def sequence(b: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        blocks = (cu_q_lens[b + 1] - cu_q_lens[b] + _QUERY_CHUNK - 1) // _QUERY_CHUNK
+        blocks = (cu_q_lens[b + 1] - cu_q_lens[b] + chunk - 1) // chunk
         return lax.fori_loop(0, blocks, lambda i, state: block(b, i, state), state)
 
     out, lse = lax.fori_loop(0, kv_lens.shape[0], sequence, (out, lse))
@@ -153,12 +204,17 @@ def _attend_pages(
     cache: LatentCache,
     page_indices: Int[Array, "batch pages_per_seq"],
     positions: Int[Array, "batch n"],
-    sm_scale: float,
+    softmax: _Softmax,
 ) -> tuple[Array, Array]:
     """Each query sees the keys of its sequence up to its own position; none if that is negative."""
-    batch, n, num_q_heads, _ = q.shape
-    last_position = jnp.max(positions, axis=1)
-    chunk = min(_KEY_CHUNK, page_indices.shape[1] * cache.page_size)
+    batch, n, num_q_heads, latent_dim = q.shape
+    capacity = page_indices.shape[1] * cache.page_size
+    # A length beyond the table (junk in a padded row, say) must not make the loop longer.
+    last_position = jnp.minimum(jnp.max(positions, axis=1, initial=-1), capacity - 1)
+    bytes_per_key = batch * (latent_dim * softmax.compute_dtype.itemsize + 8 * n * num_q_heads)
+    chunk = min(
+        _KEY_CHUNK, capacity, max(_MIN_KEY_CHUNK, _MAX_CHUNK_BYTES // max(1, bytes_per_key))
+    )
 
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         running_max, denominator, numerator = state
@@ -166,10 +222,10 @@ def _attend_pages(
         slots = logical_to_physical(
             page_indices, jnp.broadcast_to(keys, (batch, chunk)), cache.page_size
         )
-        slots = jnp.where(keys <= last_position[:, None], slots, -1)
-        rows = cache.gather(slots, dtype=q.dtype)
+        slots = cache.valid_slots(jnp.where(keys <= last_position[:, None], slots, -1))
+        rows = cache.gather(slots, dtype=softmax.compute_dtype)
         visible = (slots >= 0)[:, None] & (keys <= positions[..., None])
-        scores = _scores("bnhd,bkd->bnhk", q, rows, sm_scale)
+        scores = _scores("bnhd,bkd->bnhk", q, rows, softmax)
         scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
         new_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
         decay = jnp.exp(running_max - _finite(new_max))
@@ -181,10 +237,9 @@ def _attend_pages(
         return new_max, denominator * decay + jnp.sum(weights, axis=-1), numerator
 
     heads = (batch, n, num_q_heads)
-    steps = (jnp.max(last_position, initial=-1) + chunk) // chunk
     running_max, denominator, numerator = lax.fori_loop(
         0,
-        steps,
+        (jnp.max(last_position, initial=-1) + chunk) // chunk,
         step,
         (
             jnp.full(heads, -jnp.inf, jnp.float32),
@@ -192,12 +247,16 @@ def _attend_pages(
             jnp.zeros((*heads, cache.kv_lora_rank), jnp.float32),
         ),
     )
-    return _finish(numerator, running_max, denominator)
+    return _finish(numerator, running_max, denominator, softmax)
 
 
-def _scores(subscripts: str, q: Array, rows: Array, sm_scale: float) -> Array:
-    return sm_scale * jnp.einsum(
-        subscripts, q, rows, precision=_HIGHEST, preferred_element_type=jnp.float32
+def _scores(subscripts: str, q: Array, rows: Array, softmax: _Softmax) -> Array:
+    return softmax.sm_scale * jnp.einsum(
+        subscripts,
+        q.astype(softmax.compute_dtype),
+        rows,
+        precision=_HIGHEST,
+        preferred_element_type=jnp.float32,
     )
 
 
@@ -216,17 +275,14 @@ def _finite(running_max: Array) -> Array:
     return jnp.where(jnp.isneginf(running_max), 0, running_max)
 
 
-def _finish(numerator: Array, running_max: Array, denominator: Array) -> tuple[Array, Array]:
-    """Normalizes; a query without a key gets out 0 and lse -inf."""
+def _finish(
+    numerator: Array, running_max: Array, denominator: Array, softmax: _Softmax
+) -> tuple[Array, Array]:
+    """Normalizes and applies the sink; a query without a key gets out 0 and lse -inf."""
     out = numerator / jnp.where(denominator == 0, 1, denominator)[..., None]
-    return out, running_max + jnp.log(denominator)
-
-
-def apply_attn_sink(
-    out: Float[Array, "*tokens num_q_heads kv_lora_rank"],
-    lse: Float[Array, "*tokens num_q_heads"],
-    attn_sink: Float[Array, " num_q_heads"],
-) -> Float[Array, "*tokens num_q_heads kv_lora_rank"]:
-    """`out * sigmoid(lse - attn_sink)`: a key without a value joins the softmax's denominator."""
-    gate = jax.nn.sigmoid(_finite(lse) - attn_sink.astype(jnp.float32))
-    return out * jnp.where(jnp.isneginf(lse), 0, gate)[..., None]
+    lse = running_max + jnp.log(denominator)
+    if softmax.attn_sink is not None:
+        # A key without a value that joins the softmax's denominator.
+        gate = jax.nn.sigmoid(_finite(lse) - softmax.attn_sink.astype(jnp.float32))
+        out = out * jnp.where(jnp.isneginf(lse), 0, gate)[..., None]
+    return out.astype(softmax.out_dtype), lse

@@ -1,15 +1,19 @@
 """Tensor parallelism over query heads: an op under `jax.shard_map`, head padding included."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mla_jax.attention import mla_decode, mla_prefill, mla_sparse_attention
 from mla_jax.heads import MAX_HEADS, with_padded_heads
+
+_Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
 def _array_specs(op: Callable[..., Any], heads: str, batch: str | None) -> dict[str, P]:
@@ -57,7 +61,7 @@ def _array_specs(op: Callable[..., Any], heads: str, batch: str | None) -> dict[
 def tensor_parallel(
     op: Callable[..., Any],
     *,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+    mesh: _Mesh | None = None,
     head_axis: str = "model",
     batch_axis: str | None = None,
     pad_heads: bool = False,
@@ -82,43 +86,61 @@ def tensor_parallel(
       A function with `op`'s signature.
 
     Raises:
-      ValueError: when called without a mesh, with an axis that the mesh lacks, with heads or tokens
-        that the axis does not divide, or with more than 128 heads a device.
+      ValueError: for an unknown op or equal axes; and when called without a mesh, with an axis that
+        the mesh lacks, with heads or tokens that the axis does not divide, with more than 128 heads
+        a device, or with what the op itself refuses.
     """
+    if head_axis == batch_axis:
+        raise ValueError(f"{head_axis=} and {batch_axis=} must be different axes of the mesh")
     body_op = with_padded_heads(op) if pad_heads else op
     signature = inspect.signature(op)
     specs = _array_specs(op, head_axis, batch_axis)
 
+    # Compiled once for each mesh and set of options, so that calls outside of jit are cheap, too.
+    @functools.lru_cache(maxsize=64)
+    def build(mesh: _Mesh, names: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Any:
+        return_lse = dict(options).get("return_lse", False)
+        return jax.jit(
+            jax.shard_map(
+                lambda arrays: body_op(**arrays, **dict(options)),
+                mesh=mesh,
+                in_specs=({name: specs[name] for name in names},),
+                out_specs=(specs["out"], specs["lse"]) if return_lse else specs["out"],
+                # Pallas kernels do not carry varying-axis types.
+                check_vma=False,
+            )
+        )
+
+    @functools.wraps(op)
     def sharded(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         arrays = {k: v for k, v in bound.arguments.items() if k in specs and v is not None}
         options = {k: v for k, v in bound.arguments.items() if k not in specs}
         the_mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+        # Validates the shapes that the caller sees: in the body, errors speak of one device's.
+        checked = {k: v for k, v in options.items() if k not in ("implementation", "config")}
+        jax.eval_shape(
+            functools.partial(op, implementation="xla", **checked),
+            **jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), arrays
+            ),
+        )
         _check_mesh(the_mesh, head_axis, batch_axis, arrays["q"], specs["q"])
-        in_specs = {name: specs[name] for name in arrays}
-        out_specs = (specs["out"], specs["lse"]) if options.get("return_lse") else specs["out"]
         if AxisType.Explicit in the_mesh.axis_types:
             # Explicit axes assert in_specs instead of resharding.
             arrays = {name: _reshard(x, the_mesh, specs[name]) for name, x in arrays.items()}
-        return jax.shard_map(
-            lambda arrays: body_op(**arrays, **options),
-            mesh=the_mesh,
-            in_specs=(in_specs,),
-            out_specs=out_specs,
-            # Pallas kernels do not carry varying-axis types.
-            check_vma=False,
-        )(arrays)
+        return build(the_mesh, tuple(arrays), tuple(options.items()))(arrays)
 
     return sharded
 
 
-def _reshard(tree: Any, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, spec: P) -> Any:
+def _reshard(tree: Any, mesh: _Mesh, spec: P) -> Any:
     sharding = NamedSharding(mesh, spec)  # pyright: ignore[reportArgumentType]
     return jax.tree.map(lambda x: jax.sharding.reshard(x, sharding), tree)
 
 
 def _check_mesh(
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    mesh: _Mesh,
     head_axis: str,
     batch_axis: str | None,
     q: jax.Array,
@@ -146,22 +168,3 @@ def _check_mesh(
             f"{q.shape=}: {heads_per_device} heads a device on {head_axis=} are more than"
             f" {MAX_HEADS}; split them over more devices"
         )
-
-
-def replicated(
-    fn: Callable[..., Any],
-    *,
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
-) -> Callable[..., Any]:
-    """`fn` on every device of the mesh, arguments and results replicated.
-
-    For cache writes next to `tensor_parallel`: XLA's partitioner does not look into a kernel, and
-    under `shard_map` it need not.
-    """
-
-    def everywhere(*args: Any) -> Any:
-        if AxisType.Explicit in mesh.axis_types:
-            args = _reshard(args, mesh, P())
-        return jax.shard_map(fn, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)(*args)
-
-    return everywhere

@@ -9,6 +9,7 @@ import pytest
 
 from mla_jax import LatentCache, mla_decode, mla_prefill, mla_sparse_attention, reference
 from mla_jax.cache import logical_to_physical
+from pallas_kernels import SparseAttentionConfig
 from tests import oracle
 from tests.helpers import assert_attention_close, random_latents, random_q
 
@@ -95,7 +96,7 @@ def test_sparse_in_chunks_equals_sparse_at_once(monkeypatch):
     q, indices = random_q(rng, 11, 4, 576), jnp.asarray(rng.integers(-1, 256, (11, 32)), jnp.int32)
     attend = functools.partial(mla_sparse_attention, sm_scale=SM_SCALE, return_lse=True)
     whole = attend(q, cache, indices)
-    monkeypatch.setattr(reference, "_MAX_GATHER_BYTES", 4 * 32 * 576 * 2)
+    monkeypatch.setattr(reference, "_MAX_CHUNK_BYTES", 4 * 32 * 576 * 2)
     chunked = attend(q, cache, indices)
     for a, b in zip(whole, chunked, strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
@@ -167,7 +168,8 @@ def test_prefill(key_chunk, query_chunk, monkeypatch):
     monkeypatch.setattr(reference, "_KEY_CHUNK", key_chunk)
     monkeypatch.setattr(reference, "_QUERY_CHUNK", query_chunk)
     rng = np.random.default_rng(6)
-    lens, q_lens = np.array([70, 0, 9, 33, 5]), np.array([11, 0, 9, 1, 0])
+    # The last sequence has fewer keys than queries: its first ones stand before position 0.
+    lens, q_lens = np.array([70, 0, 9, 33, 5, 3]), np.array([11, 0, 9, 1, 0, 6])
     cache, table = paged_batch(rng, lens, 16)
     cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)])
     q = random_q(rng, cu_q_lens[-1] + 3, 4, 576)  # three padding tokens
@@ -183,6 +185,106 @@ def test_prefill(key_chunk, query_chunk, monkeypatch):
     pages = oracle.cache_rows(cache.data).reshape(cache.num_pages, 16, -1)
     expected = oracle.ragged_attention(q, pages, table, lens, cu_q_lens, sm_scale=SM_SCALE)
     assert_attention_close(out, lse, *expected)
+
+
+def test_decode_in_chunks_equals_decode_at_once(monkeypatch):
+    rng = np.random.default_rng(10)
+    lens = np.array([300, 20, 7])
+    cache, table = paged_batch(rng, lens, 16)
+    q = random_q(rng, 3, 11, 4, 576)
+    attend = functools.partial(mla_decode, sm_scale=SM_SCALE, return_lse=True)
+    whole = attend(q, cache, table, jnp.asarray(lens, jnp.int32))
+    per_query = 3 * 4 * 4 * (2 * 64 + 2 * 576)
+    monkeypatch.setattr(reference, "_MAX_CHUNK_BYTES", 4 * per_query)
+    chunked = attend(q, cache, table, jnp.asarray(lens, jnp.int32))
+    assert_attention_close(*chunked, *whole)
+
+
+def test_decode_of_a_long_equal_chunk_is_bounded():
+    batch, q_len, heads = 4, 4096, 32
+    compiled = (
+        jax.jit(functools.partial(mla_decode, sm_scale=SM_SCALE))
+        .lower(
+            jax.ShapeDtypeStruct((batch, q_len, heads, 576), jnp.bfloat16),
+            jax.ShapeDtypeStruct((256, 64, 656), jnp.uint8),
+            jax.ShapeDtypeStruct((batch, 64), jnp.int32),
+            jax.ShapeDtypeStruct((batch,), jnp.int32),
+        )
+        .compile()
+    )
+    scores = batch * q_len * heads * q_len * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
+
+
+@pytest.mark.parametrize("overrun", [33, 2**31 - 1000, 2**31 - 1])
+def test_lengths_beyond_the_table_end_with_the_table(overrun):
+    rng = np.random.default_rng(11)
+    cache, table = filled_cache(rng, 4, 16), jnp.array([[2, 1]], jnp.int32)
+    q = random_q(rng, 1, 1, 4, 576)
+    options = {"sm_scale": SM_SCALE, "return_lse": True}
+    expected = mla_decode(q, cache, table, jnp.array([32], jnp.int32), **options)
+    got = mla_decode(q, cache, table, jnp.array([overrun], jnp.int32), **options)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("page", [-1, 4, 2**26, 2**31 - 1])
+def test_pages_outside_of_the_cache_are_skipped(page):
+    rng = np.random.default_rng(12)
+    cache = filled_cache(rng, 4, 64)
+    q, lens = random_q(rng, 1, 1, 4, 576), jnp.array([128], jnp.int32)
+    table = jnp.array([[page, 3]], jnp.int32)
+    options = {"sm_scale": SM_SCALE, "return_lse": True}
+    got = mla_decode(q, cache, table, lens, **options)
+    slots = jnp.arange(3 * 64, 4 * 64, dtype=jnp.int32)[None]
+    expected = mla_sparse_attention(q[0], cache, slots, **options)
+    np.testing.assert_allclose(got[1][0], expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_empty_calls_have_empty_results(format):
+    cache = LatentCache.init(2, 8, format=format)
+    zeros, i32 = functools.partial(jnp.zeros, dtype=jnp.bfloat16), jnp.int32
+    table, lens = jnp.zeros((0, 2), i32), jnp.zeros(0, i32)
+    options = {"sm_scale": 1.0, "return_lse": True}
+    out, lse = mla_sparse_attention(zeros((3, 4, 576)), cache, jnp.zeros((3, 0), i32), **options)
+    assert not out.any()
+    assert jnp.isneginf(lse).all()
+    empty = (
+        mla_sparse_attention(zeros((0, 4, 576)), cache, jnp.zeros((0, 5), i32), **options),
+        mla_decode(zeros((0, 1, 4, 576)), cache, table, lens, **options),
+        mla_decode(
+            zeros((2, 0, 4, 576)), cache, jnp.zeros((2, 2), i32), jnp.ones(2, i32), **options
+        ),
+        mla_prefill(zeros((0, 4, 576)), cache, table, lens, jnp.zeros(1, i32), **options),
+    )
+    for out, lse in empty:
+        assert out.size == 0
+        assert lse.shape == out.shape[:-1]
+
+
+def test_numpy_arguments_and_scales_of_any_float_type():
+    rng = np.random.default_rng(13)
+    cache, table = paged_batch(rng, np.array([20]), 8)
+    q, lens, cu = random_q(rng, 1, 1, 4, 576), np.array([20], np.int32), np.array([0, 1], np.int32)
+    expected = np.asarray(mla_decode(q, cache, table, jnp.asarray(lens), sm_scale=0.07), np.float32)
+    table, data = np.asarray(table), np.asarray(cache.data)
+    got = mla_decode(np.asarray(q), data, table, lens, sm_scale=np.float32(0.07))
+    scale = np.float64(0.07)
+    ragged = jax.jit(lambda q: mla_prefill(q, data, table, lens, cu, sm_scale=scale))(q[0])
+    for out in (got, ragged[None]):
+        np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=1e-2, atol=1e-4)
+
+
+def test_float16_queries_do_not_limit_the_range_of_the_latents():
+    cache = LatentCache.init(1, 8).write(
+        jnp.full((8, 512), 1e5), jnp.zeros((8, 64)), jnp.arange(8, dtype=jnp.int32)
+    )
+    q = jnp.full((1, 2, 576), 1e-3, jnp.float16)
+    _, lse = mla_sparse_attention(
+        q, cache, jnp.arange(8, dtype=jnp.int32)[None], sm_scale=1e-3, return_lse=True
+    )
+    np.testing.assert_allclose(lse, 512 * 1e-6 * 1e5 + np.log(8), rtol=0.05)
 
 
 def test_prefill_of_a_long_prompt_is_bounded():
@@ -269,16 +371,22 @@ INDICES = jnp.zeros((3, 5), jnp.int32)
         ({"q": Q[0]}, r"q.shape=\(4, 576\)"),
         ({"q": Q.astype(jnp.int32)}, "q.dtype=dtype"),
         ({"kv_cache": CACHE[..., :576]}, r"kv_cache.shape=\(2, 8, 576\)"),
-        ({"kv_cache": CACHE.astype(jnp.float16)}, "kv_cache.dtype=dtype"),
+        ({"kv_cache": CACHE.astype(jnp.float16)}, "kv_cache.dtype=float16"),
         ({"kv_cache": LatentCache(CACHE, 256)}, r"kv_cache.data.shape=\(2, 8, 656\)"),
         ({"topk_indices": INDICES[:2]}, r"topk_indices.shape=\(2, 5\)"),
         ({"topk_indices": INDICES.astype(jnp.float32)}, "topk_indices.dtype=float32"),
         ({"topk_lens": jnp.zeros(4, jnp.int32)}, r"topk_lens.shape=\(4,\)"),
         ({"attn_sink": jnp.zeros(5)}, r"attn_sink.shape=\(5,\)"),
         ({"sm_scale": 0.0}, "sm_scale=0.0 must be a positive"),
+        ({"sm_scale": float("inf")}, "sm_scale=inf must be a positive"),
         ({"sm_scale": jnp.ones(())}, "sm_scale=Array"),
+        ({"sm_scale": np.ones(4)}, "sm_scale=array"),
+        ({"sm_scale": None}, "sm_scale=None"),
+        ({"topk_indices": [[0]]}, r"topk_indices=\[\[0\]\] must be an array"),
+        ({"kv_cache": CACHE[:0]}, r"kv_cache.data.shape=\(0, 8, 656\)"),
+        ({"config": "big tiles"}, "config='big tiles' must be None or a pallas_kernels"),
         ({"implementation": "cuda"}, "implementation='cuda' must be None or one of"),
-        ({"implementation": "xla", "config": object()}, "config="),
+        ({"implementation": "xla", "config": SparseAttentionConfig(8)}, "config="),
     ],
 )
 def test_sparse_names_the_bad_argument(change, match):
@@ -291,7 +399,7 @@ def test_sparse_names_the_bad_argument(change, match):
     ("change", "match"),
     [
         ({"q": Q}, r"must be \[batch, q_len, num_q_heads, 576\]"),
-        ({"kv_lens": jnp.zeros(2, jnp.int32)}, r"kv_lens.shape=\(2,\) must be \[batch\] = \(3,\)"),
+        ({"kv_lens": jnp.zeros(2, jnp.int32)}, r"kv_lens.shape=\(2,\) must be \[batch\] = \[3\]"),
         ({"page_indices": INDICES[:, :0]}, "holds no page"),
         ({"page_indices": INDICES[0]}, r"page_indices.shape=\(5,\)"),
     ],

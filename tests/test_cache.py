@@ -1,4 +1,5 @@
 import doctest
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,17 @@ def test_power_of_two_scale_rounds_up_only_past_the_boundary(exponent):
     rows = np.asarray(quantize(kv_c, jnp.zeros((2, 0))))
     scales = np.ascontiguousarray(rows[:, 128:132]).view(np.float32)[:, 0]
     np.testing.assert_array_equal(scales, [2.0**exponent, 2.0 ** (exponent + 1)])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_exact_scales_are_amax_over_448_to_the_bit(jit):
+    rng = np.random.default_rng(4)
+    kv_c = rng.normal(size=(500, 512)).astype(np.float32)
+    fn = functools.partial(quantize, scale_format="exact")
+    rows = np.asarray((jax.jit(fn) if jit else fn)(jnp.asarray(kv_c), jnp.zeros((500, 64))))
+    amax = np.abs(kv_c).reshape(500, 4, 128).max(-1)
+    scales = np.ascontiguousarray(rows[:, 512:528]).view(np.float32)
+    np.testing.assert_array_equal(scales, amax / np.float32(448))
 
 
 @pytest.mark.parametrize("scale_format", ["power_of_two", "exact"])
@@ -116,6 +128,25 @@ def test_slots_outside_write_and_read_nothing(slot):
     np.testing.assert_array_equal(np.asarray(full.gather(jnp.array([slot]))), 0)
 
 
+def test_slots_of_any_integer_type():
+    cache = LatentCache.init(10, 64)
+    ones = jnp.ones((1, 512)), jnp.ones((1, 64))
+    for dtype in (jnp.int8, jnp.uint8, jnp.int16, jnp.uint32):
+        written = cache.write(*ones, jnp.array([100], dtype))
+        assert float(written.gather(jnp.array([100], dtype))[0, 0]) == 1.0
+    with jax.enable_x64(True):
+        beyond = cache.write(*ones, jnp.array([2**32 + 2], jnp.int64))
+    np.testing.assert_array_equal(np.asarray(beyond.data), 0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_writing_nothing(format):
+    cache = LatentCache.init(2, 4, format=format)
+    same = cache.write(jnp.zeros((0, 512)), jnp.zeros((0, 64)), jnp.zeros(0, jnp.int32))
+    assert same.data.shape == cache.data.shape
+    assert cache.gather(jnp.zeros((0, 3), jnp.int32)).shape == (0, 3, 576)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_write_is_in_place_under_donation(format):
     cache = LatentCache.init(8, 64, format=format)
@@ -178,6 +209,12 @@ def test_write_names_the_bad_argument():
         cache.write(jnp.zeros((3, 576)), jnp.zeros((3, 64)), jnp.zeros(3, jnp.int32))
     with pytest.raises(ValueError, match=r"slots.dtype=dtype\('float32'\)"):
         cache.write(jnp.zeros((3, 512)), jnp.zeros((3, 64)), jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"slots.shape=\(\)"):
+        cache.write(jnp.zeros((3, 512)), jnp.zeros((3, 64)), jnp.int32(1))
+    with pytest.raises(ValueError, match=r"kv_c\.dtype=int32 must be a float"):
+        cache.write(jnp.zeros((1, 512), int), jnp.zeros((1, 64)), jnp.zeros(1, jnp.int32))
+    with pytest.raises(ValueError, match=r"slots.dtype=dtype\('float32'\)"):
+        cache.gather(jnp.zeros(3))
     with pytest.raises(ValueError, match="must be None or one of"):
         cache.write(
             jnp.zeros((3, 512)), jnp.zeros((3, 64)), jnp.zeros(3, jnp.int32), implementation="cuda"
@@ -199,6 +236,9 @@ def test_logical_to_physical():
     positions = jnp.array([[0, 5, 9, 10, -1], [0, 5, 9, 14, 15]], jnp.int32)
     slots = logical_to_physical(table, positions, page_size=5)
     np.testing.assert_array_equal(slots, [[20, 10, 14, -1, -1], [0, 5, 9, 19, -1]])
+    junk = jnp.array([[2**30, 2**31 - 1, -5]], jnp.int32)
+    slots = logical_to_physical(junk, jnp.array([[0, 8, 16]]), page_size=8)
+    np.testing.assert_array_equal(slots, [[-1, -1, -1]])
 
 
 def test_docstring_example():

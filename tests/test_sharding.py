@@ -1,6 +1,7 @@
 """The shard_map wrapper on eight simulated devices: same numbers, whatever the mesh."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla_jax import LatentCache, mla_decode, mla_prefill, mla_sparse_attention, tensor_parallel
-from mla_jax.sharding import replicated
-from tests.helpers import random_latents, random_q
+from mla_jax import mla_decode, mla_prefill, mla_sparse_attention, tensor_parallel
+from tests.helpers import random_q
 from tests.test_attention import filled_cache, paged_batch
 
 AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
@@ -144,7 +144,24 @@ def call(name="sparse", shape=(8,), names=("model",), q=None, **options):
     op, args, _ = CASES[name]
     mesh = make_mesh(shape, names, AxisType.Auto)
     args = args if q is None else (q, *args[1:])
-    return tensor_parallel(op, **{"mesh": mesh, **options})(*args, sm_scale=0.07)
+    of_op = {k: options.pop(k) for k in ("attn_sink", "implementation") if k in options}
+    return tensor_parallel(op, **{"mesh": mesh, **options})(*args, sm_scale=0.07, **of_op)
+
+
+def test_signature_is_the_ops_own():
+    sharded = tensor_parallel(mla_decode)
+    assert inspect.signature(sharded) == inspect.signature(mla_decode)
+    assert sharded.__doc__ == mla_decode.__doc__
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES, ids=lambda t: t.name)
+def test_calls_outside_of_jit_compile_once(axis_type, caplog):
+    op, args, _ = CASES["decode"]
+    sharded = tensor_parallel(op, mesh=make_mesh((8,), ("model",), axis_type))
+    sharded(*args, sm_scale=0.07)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        sharded(*args, sm_scale=0.07)
+    assert not [r for r in caplog.records if "Compiling" in r.message]
 
 
 def test_errors_name_argument_and_remedy():
@@ -162,20 +179,13 @@ def test_errors_name_argument_and_remedy():
         call(shape=(1,), q=jnp.zeros((4, 136, 576), jnp.bfloat16))
     with pytest.raises(ValueError, match="must be mla_sparse_attention, mla_decode or mla_prefill"):
         tensor_parallel(jnp.add)
-    odd = jnp.zeros((3, HEADS, 576), jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"dimension 0, 3, is not divisible by the 2 devices"):
-        call(shape=(2, 4), names=("data", "model"), batch_axis="data", q=odd)
-
-
-@pytest.mark.parametrize("axis_type", AXIS_TYPES, ids=lambda t: t.name)
-def test_replicated_cache_write(axis_type):
-    mesh = make_mesh((8,), ("model",), axis_type)
-    cache = LatentCache.init(4, 16, sharding=NamedSharding(mesh, P()))
-    kv_c, k_pe = random_latents(np.random.default_rng(1), 3)
-    slots = jnp.array([5, -1, 63], jnp.int32)
-    write = jax.jit(replicated(LatentCache.write, mesh=mesh), donate_argnums=0)
-    expected = LatentCache.init(4, 16).write(kv_c, k_pe, slots)
-    got = write(cache, kv_c, k_pe, slots)
-    assert cache.data.is_deleted()
-    for shard in got.data.addressable_shards:
-        np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(expected.data))
+    with pytest.raises(ValueError, match="must be different axes"):
+        call(head_axis="model", batch_axis="model")
+    with pytest.raises(ValueError, match=r"attn_sink.shape=\(8,\) must be \(16,\)"):
+        call(attn_sink=jnp.zeros(8))
+    with pytest.raises(ValueError, match=r"topk_indices.shape=\(4, 24\) must be \[tokens, topk\]"):
+        call(shape=(2, 4), names=("data", "model"), batch_axis="data", q=jnp.zeros((6, 16, 576)))
+    with pytest.raises(ValueError, match="implementation='cuda'"):
+        call(implementation="cuda")
+    with pytest.raises(ValueError, match=r"dimension 0, 4, is not divisible by the 8 devices"):
+        call(shape=(8, 1), names=("data", "model"), batch_axis="data")
