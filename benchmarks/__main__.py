@@ -13,6 +13,7 @@ included. Every attention row is checked against float32 attention before it is 
 import argparse
 import datetime
 import functools
+import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -21,7 +22,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax import lax
 
@@ -310,7 +310,7 @@ def main() -> None:
         "device": device.device_kind,
         "date": datetime.date.today().isoformat(),
         "commit": options.commit or current_commit(),
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "ceilings": {name: round(value, 3) for name, value in ceilings.items()},
         "rows": [],
     }

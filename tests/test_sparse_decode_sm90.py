@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import SparseAttentionConfig, sparse_attention_sm90
+from pallas_kernels import SparseAttentionConfig, sparse_attention_sm90, sparse_decode_sm90
 from pallas_kernels.hopper import NUM_SMS
 from pallas_kernels.sparse_decode_sm90 import HEAD_TILES, default_config
 from tests import oracle
@@ -172,6 +172,15 @@ def test_refuses_an_impossible_config(fields, words):
         SparseAttentionConfig(**fields)
 
 
+@pytest.mark.parametrize(
+    ("head_tile", "num_bytes"), [(8, 177_824), (16, 192_320), (24, 204_384), (32, 216_448)]
+)
+def test_shared_memory_adds_up_to_the_documented_budget(head_tile, num_bytes):
+    assert SparseAttentionConfig(head_tile).smem_bytes == num_bytes
+    table = " ".join(sparse_decode_sm90.__doc__.split())
+    assert f"{num_bytes:,}" in table
+
+
 @pytest.mark.parametrize("heads", [1, 8, 9, 16, 20, 24, 32, 33, 64, 96, 128])
 def test_default_config_fits_the_shapes(heads):
     for tokens, topk in itertools.product(
@@ -187,7 +196,7 @@ def test_default_config_fits_the_shapes(heads):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "expected"), [(1, 32), (8, 16), (32, 4), (64, 2), (128, 1), (2048, 1)]
+    ("tokens", "expected"), [(1, 32), (2, 32), (8, 16), (32, 4), (64, 2), (128, 1), (2048, 1)]
 )
 def test_default_config_is_the_one_that_measured_best(tokens, expected):
     assert default_config(tokens, 8, 2048).num_splits == expected
