@@ -76,10 +76,22 @@ def cache_write_sm90(
         input dtypes.
     """
     _validate(kv_cache, kv_c, k_pe, slots, scale_format)
+    if slots.shape[0] == 0 or kv_cache.size == 0:
+        return kv_cache
+    return _write(kv_cache, kv_c, k_pe, slots, scale_format)
+
+
+# A ref in GPU memory exists inside of `jit` only: this one serves calls from outside of one.
+@functools.partial(jax.jit, static_argnames="scale_format")
+def _write(
+    kv_cache: jax.Array,
+    kv_c: jax.Array,
+    k_pe: jax.Array,
+    slots: jax.Array,
+    scale_format: ScaleFormat,
+) -> jax.Array:
     num_pages, page_size, _ = kv_cache.shape
     tokens = slots.shape[0]
-    if tokens == 0 or kv_cache.size == 0:
-        return kv_cache
 
     def cache_write_kernel(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))
@@ -151,8 +163,7 @@ def _quantize(values: list[Reg], scale_format: ScaleFormat) -> tuple[Reg, list[R
         inverse = hw.as_f32((2 * 127 - exponent) << 23)
         scaled = [x * inverse for x in values]
     else:
-        # XLA, too, multiplies by the rounded inverse where it divides by a constant.
-        scale = hw.as_f32(largest) * (1 / layout.FP8_MAX)
+        scale = hw.divide(hw.as_f32(largest), hw.f32(layout.FP8_MAX))
         scale = hw.maximum(scale, hw.f32(_SMALLEST_NORMAL))
         scaled = [hw.divide(x, scale) for x in values]
     return scale, [hw.f32x4_to_e4m3(*scaled[i : i + 4]) for i in range(0, len(scaled), 4)]
