@@ -315,11 +315,11 @@ class MultiHeadLatentAttention(nnx.Module):
       >>> attention = MultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
       >>> page_indices, num_pages = allocate_pages([100, 100], page_size=64)
       >>> cache = attention.init_cache(num_pages)
-      >>> prompt = jnp.ones((2, 7, 64))
-      >>> out, cache = attention(
-      ...     prompt, cache, page_indices=jnp.asarray(page_indices), kv_lens=jnp.array([7, 7]))
-      >>> out, cache = attention(
-      ...     out[:, -1:], cache, page_indices=jnp.asarray(page_indices), kv_lens=jnp.array([8, 8]))
+      >>> @nnx.jit(donate_argnames="cache")
+      ... def step(attention, x, cache, kv_lens):
+      ...     return attention(x, cache, page_indices=jnp.asarray(page_indices), kv_lens=kv_lens)
+      >>> out, cache = step(attention, jnp.ones((2, 7, 64)), cache, jnp.array([7, 7]))  # Prefill.
+      >>> out, cache = step(attention, out[:, -1:], cache, jnp.array([8, 8]))  # Decode.
       >>> out.shape, cache.data.shape
       ((2, 1, 64), (4, 64, 656))
 
@@ -720,9 +720,11 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
       >>> attention = SparseMultiHeadLatentAttention(config, rngs=nnx.Rngs(0))
       >>> page_indices, num_pages = allocate_pages([100], page_size=64)
       >>> cache = attention.init_cache(num_pages)
-      >>> out, cache, topk_indices = attention(
-      ...     jnp.ones((1, 40, 64)), cache,
-      ...     page_indices=jnp.asarray(page_indices), kv_lens=jnp.array([40]))
+      >>> @nnx.jit(donate_argnames="cache")
+      ... def step(attention, x, cache, kv_lens):
+      ...     return attention(x, cache, page_indices=jnp.asarray(page_indices), kv_lens=kv_lens)
+      >>> x = jnp.ones((1, 40, 64))
+      >>> out, cache, topk_indices = step(attention, x, cache, jnp.array([40]))
       >>> out.shape, topk_indices.shape
       ((1, 40, 64), (40, 16))
 

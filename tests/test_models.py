@@ -1,4 +1,5 @@
 import dataclasses
+import doctest
 import json
 
 import jax
@@ -9,6 +10,7 @@ from flax import nnx
 from huggingface import CASES, checkpoint_dir, expected, load
 from jax.sharding import AxisType
 
+import mla_jax.models.causal_lm
 from mla_jax import LatentCache, allocate_pages
 from mla_jax.cache import dequantize, quantize
 from mla_jax.models import MODEL_TYPES, CausalLM, ModelConfig, MoEConfig, presets
@@ -131,6 +133,10 @@ def test_calls_that_do_not_fit_are_refused():
         model(jnp.zeros((1, 1), jnp.int32), caches[:1], **tokens)
     with pytest.raises(ValueError, match=r"input_ids\.shape=\(1,\) must be \[batch, q_len\]"):
         model(jnp.zeros(1, jnp.int32), caches, **tokens)
+
+
+def test_docstring_examples():
+    assert doctest.testmod(mla_jax.models.causal_lm).failed == 0
 
 
 # Mixture of experts

@@ -108,9 +108,10 @@ class CausalLM(nnx.Module):
       >>> model = CausalLM(config, rngs=nnx.Rngs(0))
       >>> page_indices, num_pages = allocate_pages([100], page_size=64)
       >>> caches = model.init_caches(num_pages)
-      >>> logits, caches = model(
-      ...     jnp.ones((1, 7), jnp.int32), caches,
-      ...     page_indices=jnp.asarray(page_indices), kv_lens=jnp.array([7]))
+      >>> @nnx.jit(donate_argnames="caches")
+      ... def step(model, ids, caches, kv_lens):
+      ...     return model(ids, caches, page_indices=jnp.asarray(page_indices), kv_lens=kv_lens)
+      >>> logits, caches = step(model, jnp.ones((1, 7), jnp.int32), caches, jnp.array([7]))
       >>> logits.shape, len(caches)
       ((1, 7, 64), 1)
 
