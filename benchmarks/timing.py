@@ -36,7 +36,7 @@ def time_chain(
     fresh: Sequence[Sequence[Any]],
     *,
     carry: Any = None,
-    repeats: int = 4,
+    repeats: int = 3,
 ) -> Timing:
     """Times `function(*shared, *fresh[i])` for every i, as an unrolled chain inside one jit.
 

@@ -6,8 +6,8 @@ Several CTAs that share the keys of one token leave, per head, the attention ove
     lse = log(sum_k exp(lse_k))        out = sum_k exp(lse_k - lse) * out_k
 
 One warpgroup per (token, head, chunk of dims): every load is issued before the first is used, so a
-merge takes one memory latency and little else, 1.4 to 2.2 us with its launch. Nothing here needs
-more than Pallas has, so it also runs interpreted on a CPU.
+merge takes one memory latency and little else, 1.4 to 2.3 us. Nothing here needs more than
+Pallas has, so it also runs interpreted on a CPU.
 """
 
 import functools

@@ -71,11 +71,11 @@ A row stride of 656 bytes is 164 words, 4 modulo 32: 16-byte reads of 8 rows mee
 
 Roofline (H100)
 --------
-Memory binds up to 24 heads. Random 656-byte rows arrive at 2.40 TB/s, 0.27 ns a row for the whole
-GPU: 128 tokens x 2,048 keys cannot take less than 68 to 72 us, and this takes 68. Compute is 2.4 us
-per 128 rows and SM (8 heads, rows in L2), against 4.6 us for memory; at 32 heads 5.4 us, so compute
-binds. At 1 to 8 tokens latency binds: start 1.2 us, a round 1.7 us, merge 1.1 us, second kernel 1.5
-to 2 us.
+Memory binds up to 24 heads. A kernel that only gathers random 656-byte rows reaches 2.40 TB/s, 0.27
+ns a row for the whole GPU: 68 to 72 us for 128 tokens x 2,048 keys, where this kernel takes 68. Its
+compute is 2.4 us per 128 rows and SM (8 heads, rows in L2) against about 4.3 us for memory; at 32
+heads it is 5.2 us and binds. At 1 to 8 tokens latency binds: start 1.2 us, a round 1.7 us, merge
+1.1 us, the second kernel 1.5 to 2 us.
 
 Form
 ----
@@ -150,13 +150,13 @@ class SparseAttentionConfig:
         each of which reads the rows again.
       num_splits: CTAs that share the keys of one token; above 1 a second kernel merges them.
       num_warpgroups: 1 or 2 (4 or 8 warps per CTA).
-      num_slots: 16-token tiles that a warp keeps in flight.
+      num_stages: 16-token tiles that a warp keeps in flight, 1 to 4.
     """
 
     head_tile: int
     num_splits: int = 1
     num_warpgroups: int = 2
-    num_slots: int = 2
+    num_stages: int = 2
 
     def __post_init__(self) -> None:
         if self.head_tile not in HEAD_TILES:
@@ -168,12 +168,12 @@ class SparseAttentionConfig:
                 f"num_warpgroups={self.num_warpgroups} must be 1 or 2: with 3, a thread has 168"
                 " registers, and the output accumulators alone take 128"
             )
-        if not 1 <= self.num_slots <= 4:
-            raise ValueError(f"num_slots={self.num_slots} must be 1 to 4")
+        if not 1 <= self.num_stages <= 4:
+            raise ValueError(f"num_stages={self.num_stages} must be 1 to 4")
         if self.smem_bytes > hw.SMEM_BYTES:
             raise ValueError(
                 f"{self} needs {self.smem_bytes} bytes of shared memory of {hw.SMEM_BYTES};"
-                " take fewer slots or warpgroups"
+                " take fewer stages or warpgroups"
             )
 
     @property
@@ -218,18 +218,18 @@ class SparseAttentionConfig:
 class _SharedLayout(NamedTuple):
     """Byte offsets in shared memory."""
 
-    rows: int  # raw cache rows [warp, slot, token, 656]; the merge reuses them for outputs
+    rows: int  # raw cache rows [warp, stage, token, 656]; the merge reuses them for outputs
     queries: int  # [head block, unit, lane, 16]
     query_scales: int  # f32 [head]
     weights: int  # f16 P fragments [warp, head block, lane, 8], for teams
     maxima: int  # f32 [warp, head] and the tile's scale, for teams
     stats: int  # f32 (max, sum) [warp, head]
-    barriers: int  # mbarrier [warp, slot]
+    barriers: int  # mbarrier [warp, stage]
     end: int
 
 
 def _shared_layout(config: SparseAttentionConfig) -> _SharedLayout:
-    rows = config.num_warps * config.num_slots * _TILE_BYTES
+    rows = config.num_warps * config.num_stages * _TILE_BYTES
     outputs = config.num_teams * config.head_tile * layout.KV_LORA_RANK * 4
     exchanges = config.team_size > 1
     sizes = (
@@ -239,7 +239,7 @@ def _shared_layout(config: SparseAttentionConfig) -> _SharedLayout:
         exchanges * config.num_warps * config.head_blocks * 256,
         exchanges * config.num_warps * _maxima_bytes(config),
         config.num_warps * config.head_tile * 8,
-        config.num_warps * config.num_slots * 8,
+        config.num_warps * config.num_stages * 8,
     )
     offsets = [0]
     for size in sizes:
@@ -325,7 +325,7 @@ class _Problem(NamedTuple):
 
     num_heads: int
     topk: int
-    num_slots: int
+    num_slots: int  # of the cache
     sm_scale: float
     has_lens: bool
     has_sink: bool
@@ -359,12 +359,12 @@ class _Cta:
         self.token = program // (groups * config.num_splits)
         self.first_head = self.group * config.head_tile
 
-        slots_bytes = config.num_slots * _TILE_BYTES
-        self.rows = self.smem + self.warp * slots_bytes
-        self.team_rows = self.smem + self.team * (config.team_size * slots_bytes)
+        warp_bytes = config.num_stages * _TILE_BYTES
+        self.rows = self.smem + self.warp * warp_bytes
+        self.team_rows = self.smem + self.team * (config.team_size * warp_bytes)
         barriers = self.smem + self.at.barriers
-        self.barriers = barriers + self.warp * (config.num_slots * 8)
-        self.team_barriers = barriers + self.team * (config.team_size * config.num_slots * 8)
+        self.barriers = barriers + self.warp * (config.num_stages * 8)
+        self.team_barriers = barriers + self.team * (config.team_size * config.num_stages * 8)
 
         self.length = hw.u32(problem.topk)
         if self.lens is not None:
@@ -377,7 +377,7 @@ class _Cta:
             self.length + (round_tokens - 1) - self.split * config.tokens_per_round
         ) // round_tokens
 
-    # ---- gather: cache rows of one tile into one slot
+    # ---- gather: the cache rows of one tile into one stage of shared memory
 
     def load_slot(self, t: Reg | int) -> Reg:
         """This lane's cache slot of the warp's t-th tile, lanes 16-31 as 0-15; -1 for none."""
@@ -626,13 +626,15 @@ class _Cta:
         return tile_max, scale
 
     def team_sync(self) -> None:
+        """All warps of the team arrived, and see each other's shared memory."""
         hw.named_barrier(self.team + _TEAM_BARRIER, hw.WARP * self.config.team_size)
 
     # ---- values: O^T += V^T P for this warp's dims and the tiles of its team
 
     def values(self, state: _State, weights: list[list[Reg]], stage: Reg, parity: Reg) -> _State:
+        """Adds the team's tiles; P goes to float16 once, and meets each 128 dims' scales there."""
         blocks = range(self.config.head_blocks)
-        team_size, num_slots = self.config.team_size, self.config.num_slots
+        team_size, num_stages = self.config.team_size, self.config.num_stages
         # C fragment [token, head] of S^T -> B fragment [token, head]: the pairs run along tokens.
         power = 2.0**_HEADROOM
         fragments = [
@@ -655,9 +657,9 @@ class _Cta:
         groups = _NUM_TILES // team_size  # 128-dim groups of this warp
         acc = [list(fragment) for fragment in state.acc]
         for member in range(team_size):
-            tile_offset = member * num_slots * _TILE_BYTES
+            tile_offset = member * num_stages * _TILE_BYTES
             if team_size > 1:
-                barrier = self.team_barriers + stage * 8 + member * num_slots * 8
+                barrier = self.team_barriers + stage * 8 + member * num_stages * 8
                 hw.mbarrier_wait(barrier, parity)
                 team_exchange = exchange + self.team * (team_size * fragment_bytes)
                 fragments = [
@@ -798,11 +800,14 @@ class _Cta:
     # ---- the whole
 
     def run(self) -> None:
+        """Gathers ahead, loops over the rounds of tiles, merges."""
         config = self.config
-        slots = [self.load_slot(t) for t in range(config.num_slots)]
+        # Indices first, then queries: both are on their way while the barriers are set up, and the
+        # first rows are while the queries are converted.
+        slots = [self.load_slot(t) for t in range(config.num_stages)]
         queries = self.load_queries()
         with hw.when(self.lane.eq(0)):
-            for stage in range(config.num_slots):
+            for stage in range(config.num_stages):
                 hw.mbarrier_init(self.barriers + 8 * stage, 1)
             hw.fence_async_proxy()
         hw.warp_sync()
@@ -827,20 +832,20 @@ class _Cta:
         )
 
         def one_round(t: Reg, state: _State) -> _State:
-            stage, parity = t % config.num_slots, t // config.num_slots & 1
+            stage, parity = t % config.num_stages, t // config.num_stages & 1
             mask, *in_flight = state.masks
-            next_slot = self.load_slot(t + config.num_slots)
+            next_slot = self.load_slot(t + config.num_stages)
             hw.mbarrier_wait(self.barriers + stage * 8, parity)
             scores, scale = self.scores(stage, mask)
             state, weights = self.softmax(state, scores, scale)
             state = self.values(state, weights, stage, parity)
-            # The slot is free once the whole team has read it.
+            # The stage is free once the whole team has read it.
             if config.team_size > 1:
                 self.team_sync()
             else:
                 hw.warp_sync()
             valid, next_mask = self.validity(next_slot)
-            with hw.when(t + config.num_slots < self.num_rounds):
+            with hw.when(t + config.num_stages < self.num_rounds):
                 self.gather(next_slot, stage, valid, next_mask)
             return state._replace(masks=[*in_flight, next_mask])
 
@@ -902,16 +907,15 @@ def sparse_attention_sm90(
     if config is None:
         config = default_config(tokens, num_heads, topk)
     final = config.num_splits == 1
-    problem = _Problem(
-        num_heads, topk, num_slots, float(sm_scale), topk_lens is not None, attn_sink is not None
-    )
     operands = {"kv_cache": kv_cache, "q": q, "indices": topk_indices}
     if topk_lens is not None:
         operands["lens"] = topk_lens
-    if attn_sink is not None and final:
+    if attn_sink is not None and final:  # otherwise the merge applies it
         operands["sink"] = attn_sink.astype(jnp.float32)
-    problem = problem._replace(has_sink="sink" in operands)
     names = (*operands, "out", "lse", "smem")
+    problem = _Problem(
+        num_heads, topk, num_slots, float(sm_scale), "lens" in operands, "sink" in operands
+    )
 
     def sparse_attention_kernel(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))

@@ -29,8 +29,8 @@ MATRIX = [
     for j, batch in enumerate((1, 4, 74, 321))
 ]
 CONFIGS = [
-    SparseAttentionConfig(head_tile, num_splits, num_warpgroups, num_slots)
-    for head_tile, num_splits, num_warpgroups, num_slots in (
+    SparseAttentionConfig(head_tile, num_splits, num_warpgroups, num_stages)
+    for head_tile, num_splits, num_warpgroups, num_stages in (
         *((8, 1, 2, 2), (8, 1, 1, 4), (8, 2, 2, 1), (8, 5, 1, 3), (8, 32, 1, 2)),
         *((16, 1, 2, 2), (16, 3, 1, 4), (16, 32, 1, 1), (24, 1, 1, 2), (24, 4, 2, 2)),
         *((32, 1, 2, 2), (32, 8, 1, 3), (32, 2, 2, 1)),
@@ -39,7 +39,7 @@ CONFIGS = [
 
 
 def config_id(config):
-    return f"h{config.head_tile}-s{config.num_splits}-w{config.num_warpgroups}-d{config.num_slots}"
+    return f"h{config.head_tile}-s{config.num_splits}-w{config.num_warpgroups}-d{config.num_stages}"
 
 
 # ------------------------------------------------------------------------------- without a GPU
@@ -162,8 +162,8 @@ def test_says_what_is_wrong_with_an_argument(change, error, words):
         ({"head_tile": 12}, "head_tile=12"),
         ({"head_tile": 8, "num_splits": 0}, "num_splits=0"),
         ({"head_tile": 8, "num_warpgroups": 3}, "num_warpgroups=3"),
-        ({"head_tile": 8, "num_slots": 5}, "num_slots=5"),
-        ({"head_tile": 32, "num_slots": 3}, "shared memory"),
+        ({"head_tile": 8, "num_stages": 5}, "num_stages=5"),
+        ({"head_tile": 32, "num_stages": 3}, "shared memory"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
