@@ -124,6 +124,11 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
     prompts = read_prompts(args.prompt_ids)
     config = ModelConfig.from_file(checkpoint / "config.json")
     mesh = make_mesh(config, args.tensor_parallel)
+    if args.implementation == "mosaic_gpu" and jax.default_backend() != "gpu":
+        raise ValueError(
+            "--implementation mosaic_gpu needs a Hopper GPU; this machine's backend is"
+            f" {jax.default_backend()}. Use auto or xla"
+        )
     heads = config.attention.num_heads
     print(f"checkpoint      {checkpoint.name}: {config.model_type}, {config.num_layers} layers")
     print(

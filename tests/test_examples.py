@@ -95,6 +95,7 @@ def test_all_devices_that_divide_the_model_are_used(decode):
         (["--prompt-ids=/nowhere.json"], "/nowhere.json"),
         (["--max-new-tokens=0"], "max_new_tokens=0 must be at least 1"),
         (["--page-size=0"], "page_size=0"),
+        (["--implementation=mosaic_gpu"], "mosaic_gpu needs a Hopper GPU; this machine's"),
     ],
 )
 def test_mistakes_are_one_line(args, message, decode, capsys):
