@@ -323,6 +323,9 @@ class MultiHeadLatentAttention(nnx.Module):
       >>> out.shape, cache.data.shape
       ((2, 1, 64), (4, 64, 656))
 
+    In a Linen model, `nnx.bridge.to_linen(MultiHeadLatentAttention, config)` is the same layer: its
+    `init` and `apply` take `x, cache, page_indices=, kv_lens=` and the parameters keep their names.
+
     Args:
       config: sizes.
       dtype: dtype of the computation; None infers it from the inputs and parameters.
