@@ -7,8 +7,8 @@
 A row's time is the span on the GPU's timeline from the start of the op's first kernel to the end of
 its last one (the merge of split keys included), the median over calls of an unrolled chain inside
 one jit, each with an index set of its own. `e2e` is the chain's span per call, launch gaps
-included. `TB/s` counts useful bytes; where a call reads its rows more than once (2,048 tokens over a
-pool of 8,192) the L2 cache delivers more than the memory could. Every attention row is checked
+included. `TB/s` counts useful bytes; where a call reads its rows more than once (2,048 tokens over
+a pool of 8,192) the L2 cache delivers more than the memory could. Every attention row is checked
 against float32 attention before it is timed.
 """
 
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--plot-only", action="store_true")
     options = parser.parse_args()
     if options.plot_only:
-        plot.draw(options.output)
+        print(plot.draw(options.output))
         return
 
     device = jax.devices()[0]

@@ -40,7 +40,7 @@ def draw(results: pathlib.Path) -> pathlib.Path:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("microseconds")
-    axes[0].legend()
+    axes[-1].legend(loc="upper left", fontsize="small")
     figure.suptitle(f"Sparse MLA decode, FP8 cache, top-k 2,048, {report['device']}")
     figure.tight_layout()
     path = results.with_suffix(".png")
