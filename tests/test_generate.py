@@ -51,9 +51,11 @@ def test_greedy_tokens_on_an_explicit_mesh():
 def test_unequal_prompts_do_not_influence_each_other(case):
     gen = generator(case)
     gen.prefill_chunk_size = 16
-    together = gen.generate(prompts(case, (40, 17)), NEW).run()
+    long, short = prompts(case, (40, 17))
+    together = gen.generate([long, short], NEW).run()
     assert together[0] == expected(case)["generated"][0].tolist()
-    assert together[1] == gen.generate([prompts(case, (40, 17))[1]], NEW).run()[0]
+    # The other way round they share other chunks, slots and positions in the batch.
+    assert gen.generate([short, long], NEW).run() == together[::-1]
 
 
 def test_chunks_are_yielded_as_they_finish():
