@@ -279,20 +279,17 @@ class Generation:
         ):
             token_ids, kv_lens, cu_q_lens, complete = map(generator._put, chunk)
             args = (caches, logits, token_ids, table, kv_lens, cu_q_lens, complete)
-            caches, logits = self._run("prefill_seconds", prefill_step, *args, donate=(0, 1))
+            caches, logits = self._prefill(prefill_step, *args, donate=(0, 1))
         lens = generator._put(np.array([len(prompt) for prompt in prompts], np.int32))
         args = (caches, logits, table, lens, generator._put(np.int32(max_new_tokens)))
-        self.state: DecodeState = self._run("prefill_seconds", generator._start, *args, donate=(0,))
+        self.state: DecodeState = self._prefill(generator._start, *args, donate=(0,))
         self.prefill_logits = logits
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         if any(self.generated):
             raise ValueError("a Generation can be iterated over once; call generate again")
         generator = self._generator
-        started = time.perf_counter()
-        first = np.asarray(self.state.last_tokens)[:, None]
-        self.prefill_seconds += time.perf_counter() - started
-        yield self._collect(first)
+        yield self._collect(np.asarray(self.state.last_tokens)[:, None])
         if not self._unfinished():
             return
         decode = self._timed_compile(generator._decode_chunk, self.state, donate=(0,))
@@ -344,11 +341,12 @@ class Generation:
         self.compile_seconds += time.perf_counter() - started
         return compiled
 
-    def _run(self, timer: str, f: Callable[..., Any], *args: Any, donate: tuple[int, ...]) -> Any:
+    def _prefill(self, f: Callable[..., Any], *args: Any, donate: tuple[int, ...]) -> Any:
         compiled = self._timed_compile(f, *args, donate=donate)
         started = time.perf_counter()
-        result = compiled(self._generator._params, *args)
-        setattr(self, timer, getattr(self, timer) + time.perf_counter() - started)
+        # Waits, so that progress and times are those of the device.
+        result = jax.block_until_ready(compiled(self._generator._params, *args))
+        self.prefill_seconds += time.perf_counter() - started
         return result
 
 
