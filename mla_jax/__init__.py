@@ -13,7 +13,7 @@ from mla_jax.cache import LatentCache as LatentCache
 from mla_jax.cache import allocate_pages as allocate_pages
 from mla_jax.cache import logical_to_physical as logical_to_physical
 from mla_jax.heads import padded_num_heads as padded_num_heads
-from mla_jax.modules import IndexerConfig as IndexerConfig
+from mla_jax.indexer import IndexerConfig as IndexerConfig
 from mla_jax.modules import MLAConfig as MLAConfig
 from mla_jax.modules import MultiHeadLatentAttention as MultiHeadLatentAttention
 from mla_jax.modules import SparseMultiHeadLatentAttention as SparseMultiHeadLatentAttention

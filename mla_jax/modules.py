@@ -28,44 +28,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import PrecisionLike
-from jax import lax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
 from mla_jax.attention import mla_decode, mla_prefill, mla_sparse_attention
 from mla_jax.cache import KVCacheFormat, LatentCache, logical_to_physical
 from mla_jax.dispatch import Implementation
+from mla_jax.indexer import Indexer, IndexerConfig
 from mla_jax.rope import RopeConfig, apply_rope
-from mla_jax.sharding import tensor_parallel
+from mla_jax.sharding import Parallelism, tensor_parallel
 
 # The latent norms use this whatever a model's rms_norm_eps says.
 _LATENT_NORM_EPS = 1e-6
-# The indexer's scores per (token, index head, key), held for a block of tokens and of keys at once.
-_MAX_SCORE_BYTES = 256 * 2**20
-_INDEX_KEY_CHUNK = 2048
 
 _default_kernel_init = nnx.initializers.lecun_normal()
-
-
-@dataclasses.dataclass(frozen=True)
-class IndexerConfig:
-    """Sizes of the DSA indexer ("lightning indexer" of DeepSeek V3.2).
-
-    Attributes:
-      num_heads: index heads (64 in DeepSeek V3.2, 32 in GLM-5).
-      head_dim: dims of an index head; the first `qk_rope_head_dim` of them are rotated.
-      topk: keys that each token attends to.
-      rope_interleaved: pairing of the indexer's RoPE: False in DeepSeek V3.2, True in GLM.
-    """
-
-    num_heads: int
-    head_dim: int = 128
-    topk: int = 2048
-    rope_interleaved: bool = False
-
-    def __post_init__(self) -> None:
-        _check_positive(num_heads=self.num_heads, head_dim=self.head_dim, topk=self.topk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +71,10 @@ class MLAConfig:
     indexer: IndexerConfig | None = None
 
     def __post_init__(self) -> None:
-        sizes = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("q_lora_rank", "rope", "indexer")
-        }
-        _check_positive(**sizes)
-        if self.q_lora_rank is not None:
-            _check_positive(q_lora_rank=self.q_lora_rank)
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if isinstance(size, int) and size < 1:
+                raise ValueError(f"{field.name}={size} must be positive")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"{self.qk_rope_head_dim=} must be even: RoPE rotates pairs")
         if self.indexer is None:
@@ -122,12 +94,6 @@ class MLAConfig:
     def sm_scale(self) -> float:
         """`qk_head_dim**-0.5` times YaRN's factor squared; never of the 576 absorbed dims."""
         return self.qk_head_dim**-0.5 * self.rope.softmax_scale_factor
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be positive")
 
 
 @functools.partial(
@@ -157,90 +123,6 @@ class SparseCache:
         return self.latent.bytes_per_token + index_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Parallelism:
-    """One mesh axis that heads, MLP columns and the vocabulary are split over.
-
-    Attributes:
-      mesh: the mesh, or None for the one in context, if it has the axis.
-      axis: name of the mesh axis.
-    """
-
-    mesh: Mesh | AbstractMesh | None = None
-    axis: str = "model"
-
-    def __post_init__(self) -> None:
-        if self.mesh is not None and self.axis not in self.mesh.axis_names:
-            raise ValueError(
-                f"axis {self.axis!r} is not an axis of the mesh: {self.mesh.axis_names}; name the"
-                " axis to split over"
-            )
-
-    def current_mesh(self) -> Mesh | AbstractMesh | None:
-        """The mesh to split over here: context first; None inside of a shard_map over the axis."""
-        context = jax.sharding.get_abstract_mesh()
-        if self.axis not in context.axis_names:
-            return self.mesh
-        axis_type = context.axis_types[context.axis_names.index(self.axis)]
-        return None if axis_type == AxisType.Manual else context
-
-    def metadata(self, *spec: str | None) -> dict[str, Any]:
-        """Variable metadata for an array laid out by `spec`, and placed so if a mesh is known."""
-        mesh = self.current_mesh()
-        placement = {"eager_sharding": False} if mesh is None else {"mesh": mesh}
-        return {"out_sharding": P(*spec), **placement}
-
-    def check_divides(self, **sizes: int) -> None:
-        """Raises ValueError unless the axis divides each size."""
-        mesh = self.current_mesh()
-        if mesh is None:
-            return
-        for name, size in sizes.items():
-            if size % mesh.shape[self.axis]:
-                raise ValueError(
-                    f"{name}={size} is not divisible by the {mesh.shape[self.axis]} devices of mesh"
-                    f" axis {self.axis!r}; use a number of devices that divides it"
-                )
-
-    def replicate(self, x: Array) -> Array:
-        """Constrains `x` to be whole on every device: the point where partial sums are reduced."""
-        mesh = self.current_mesh()
-        return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
-
-    def replicated_sharding(self) -> NamedSharding | None:
-        """Every device of the mesh; None without one. Not for use while tracing."""
-        if isinstance(self.mesh, Mesh):
-            return NamedSharding(self.mesh, P())
-        in_context = self.axis in jax.sharding.get_abstract_mesh().axis_names
-        return NamedSharding(jax.sharding.get_mesh(), P()) if in_context else None
-
-    def on_each_device(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """`f` on whole arrays, once per device, out of the partitioner's hands."""
-        mesh = self.current_mesh()
-        if mesh is None:
-            return f
-        return jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-
-    def run(self, method: Callable[..., Any], module: nnx.Module, *args: Any) -> Any:
-        """`method(module, *args)`, with Explicit mesh axes turned to Auto inside.
-
-        Sharding in types would need an annotation at each contraction over split heads; the layout
-        is known here and fixed by the parameters and `replicate`. The results are replicated.
-        """
-        mesh = self.current_mesh()
-        if mesh is None or AxisType.Explicit not in mesh.axis_types:
-            return method(module, *args)
-        graphdef, state = nnx.split(module)
-
-        def body(state: Any, args: Any) -> Any:
-            return method(nnx.merge(graphdef, state), *args)
-
-        abstract_mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
-        with jax.sharding.use_abstract_mesh(abstract_mesh):
-            auto = jax.sharding.auto_axes(body, out_sharding=P())
-            return auto(state, args)  # pyright: ignore[reportCallIssue]
-
-
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "page_rows", "page_indices", "kv_lens", "cu_q_lens"],
@@ -251,8 +133,8 @@ class _Tokens:
     """Where the tokens of a call stand, for equal lengths and ragged ones alike.
 
     Attributes:
-      positions: [tokens] position within the sequence; negative for padding.
-      page_rows: [tokens, pages_per_seq] page table of each token's sequence.
+      positions: [batch, q_len], or [tokens, 1], within the sequence; negative for padding.
+      page_rows: the page table of each row of `positions`.
       page_indices, kv_lens, cu_q_lens: the caller's.
       batch_shape: (batch, q_len), or (tokens,) for a ragged call.
     """
@@ -278,9 +160,8 @@ class _Tokens:
             if x.shape[0] != batch:
                 raise ValueError(f"{x.shape=} and {kv_lens.shape=} must agree on the batch size")
             q_len = x.shape[1]
-            positions = (kv_lens[:, None] - q_len + jnp.arange(q_len)).reshape(-1)
-            page_rows = jnp.repeat(page_indices, q_len, axis=0)
-            return cls(positions, page_rows, page_indices, kv_lens, None, (batch, q_len))
+            positions = kv_lens[:, None] - q_len + jnp.arange(q_len)
+            return cls(positions, page_indices, page_indices, kv_lens, None, (batch, q_len))
         if cu_q_lens.shape != (batch + 1,):
             raise ValueError(f"{cu_q_lens.shape=} must be [batch + 1], {batch=}")
         token = jnp.arange(x.shape[0])
@@ -288,14 +169,13 @@ class _Tokens:
         padding = sequence >= batch
         sequence = jnp.minimum(sequence, batch - 1)
         positions = kv_lens[sequence] - cu_q_lens[sequence + 1] + token
-        positions = jnp.where(padding, -1, positions).astype(jnp.int32)
-        return cls(
-            positions, page_indices[sequence], page_indices, kv_lens, cu_q_lens, (x.shape[0],)
-        )
+        positions = jnp.where(padding, -1, positions).astype(jnp.int32)[:, None]
+        page_rows = page_indices[sequence]
+        return cls(positions, page_rows, page_indices, kv_lens, cu_q_lens, (x.shape[0],))
 
     def slots(self, page_size: int) -> Int[Array, " tokens"]:
         """Physical slot of each token; -1 for padding."""
-        return logical_to_physical(self.page_rows, self.positions[:, None], page_size)[:, 0]
+        return logical_to_physical(self.page_rows, self.positions, page_size).reshape(-1)
 
 
 class MultiHeadLatentAttention(nnx.Module):
@@ -505,12 +385,13 @@ class MultiHeadLatentAttention(nnx.Module):
             q = self.q_b_proj(low_rank_q)
         q = q.reshape(-1, c.num_heads, c.qk_head_dim)
         q_nope, q_pe = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
-        q_pe = apply_rope(q_pe, tokens.positions, c.rope)
+        positions = tokens.positions.reshape(-1)
+        q_pe = apply_rope(q_pe, positions, c.rope)
         w_uk = self.w_uk.astype(q.dtype)
         ql_nope = jnp.einsum("thn,rhn->thr", q_nope, w_uk, precision=self.precision)
         kv_c, k_pe = jnp.split(self.kv_a_proj_with_mqa(x), [c.kv_lora_rank], axis=-1)
         kv_c = self.kv_a_layernorm(kv_c)
-        k_pe = apply_rope(k_pe, tokens.positions, c.rope)
+        k_pe = apply_rope(k_pe, positions, c.rope)
         return jnp.concatenate([ql_nope, q_pe], axis=-1), low_rank_q, kv_c, k_pe
 
     def _write(
@@ -522,9 +403,7 @@ class MultiHeadLatentAttention(nnx.Module):
         implementation: Implementation | None,
     ) -> LatentCache:
         def write(cache: LatentCache, kv_c: Array, k_pe: Array | None, slots: Array) -> LatentCache:
-            if (
-                k_pe is None
-            ):  # Made here: XLA of jax 0.11 crashes on empty arguments of a shard_map.
+            if k_pe is None:  # Made here: jax 0.11 crashes on empty arguments of a shard_map.
                 k_pe = jnp.zeros((*kv_c.shape[:-1], 0), kv_c.dtype)
             return cache.write(kv_c, k_pe, slots, implementation=implementation)
 
@@ -546,164 +425,20 @@ class MultiHeadLatentAttention(nnx.Module):
         return self.parallelism.replicate(self.o_proj(out.reshape(*out.shape[:-2], -1)))
 
 
-class Indexer(nnx.Module):
-    """Chooses the keys that each token attends to ("lightning indexer", DeepSeek V3.2).
-
-    With a key `k_s` cached for each token `s`, and for each token `t` index queries `q_{t,h}` and
-    weights `w_{t,h}`,
-
-        score(t, s) = sum_h w_{t,h} relu(q_{t,h} . k_s)      for s <= t
-
-    and the `topk` highest scores win. `w` is scaled by `num_heads**-0.5 head_dim**-0.5`. Replicated
-    under tensor parallelism: every device needs all indices.
-
-    Args:
-      config: the layer's sizes, `config.indexer` included.
-      dtype, param_dtype, precision, kernel_init, rngs: as in `MultiHeadLatentAttention`.
-    """
-
-    def __init__(
-        self,
-        config: MLAConfig,
-        *,
-        dtype: jax.typing.DTypeLike | None = None,
-        param_dtype: jax.typing.DTypeLike = jnp.float32,
-        precision: PrecisionLike = None,
-        kernel_init: nnx.Initializer = _default_kernel_init,
-        rngs: nnx.Rngs,
-    ):
-        if config.indexer is None or config.q_lora_rank is None:
-            raise ValueError(f"{config.indexer=}, {config.q_lora_rank=}: an indexer needs both")
-        self.config = config.indexer
-        self.rope = config.rope
-        self.rope_dim = config.qk_rope_head_dim
-        self.precision = precision
-        linear = functools.partial(
-            nnx.Linear,
-            use_bias=False,
-            param_dtype=param_dtype,
-            precision=precision,
-            kernel_init=kernel_init,
-            rngs=rngs,
+def _indexer(config: MLAConfig, **kwargs: Any) -> Indexer:
+    if config.indexer is None or config.q_lora_rank is None:
+        raise ValueError(
+            f"{config.indexer=}, {config.q_lora_rank=}: a layer with an indexer needs both; or pass"
+            " has_indexer=False"
         )
-        c = config.indexer
-        self.wq_b = linear(config.q_lora_rank, c.num_heads * c.head_dim, dtype=dtype)
-        self.wk = linear(config.hidden_size, c.head_dim, dtype=dtype)
-        self.k_norm = nnx.LayerNorm(
-            c.head_dim, epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        # In float32 whatever the model's dtype: these weights decide near ties.
-        self.weights_proj = linear(config.hidden_size, c.num_heads, dtype=jnp.float32)
-
-    def project(
-        self,
-        x: Float[Array, "tokens hidden_size"],
-        low_rank_q: Float[Array, "tokens q_lora_rank"],
-        positions: Int[Array, " tokens"],
-    ) -> tuple[
-        Float[Array, "tokens index_heads index_head_dim"],
-        Float[Array, "tokens index_heads"],
-        Float[Array, "tokens index_head_dim"],
-    ]:
-        """Index queries, their weights (float32) and the keys to cache."""
-        c = self.config
-        q = self.wq_b(low_rank_q).reshape(-1, c.num_heads, c.head_dim)
-        weights = self.weights_proj(x) * (c.num_heads**-0.5 * c.head_dim**-0.5)
-        return self._rotate(q, positions), weights, self._rotate(self.k_norm(self.wk(x)), positions)
-
-    def _rotate(self, x: Array, positions: Array) -> Array:
-        rope, rest = jnp.split(x, [self.rope_dim], axis=-1)
-        rope = apply_rope(rope, positions, self.rope, interleaved=self.config.rope_interleaved)
-        return jnp.concatenate([rope, rest], axis=-1)
-
-    def select(
-        self,
-        q: Float[Array, "tokens index_heads index_head_dim"],
-        weights: Float[Array, "tokens index_heads"],
-        index_keys: LatentCache,
-        page_rows: Int[Array, "tokens pages_per_seq"],
-        positions: Int[Array, " tokens"],
-    ) -> Int[Array, "tokens topk"]:
-        """Physical slots of the highest scores among the keys up to each token's own position.
-
-        At most `_MAX_SCORE_BYTES` of per-head scores are held, by chunks of tokens and of keys.
-
-        Returns:
-          int32 `[tokens, min(topk, pages_per_seq * page_size)]`; -1 beyond the keys that there are.
-        """
-        tokens, num_heads, _ = q.shape
-        num_keys = page_rows.shape[1] * index_keys.page_size
-        key_chunk = min(num_keys, _INDEX_KEY_CHUNK)
-        block = max(1, min(tokens, _MAX_SCORE_BYTES // (4 * num_heads * key_chunk)))
-        topk = min(self.config.topk, num_keys)
-
-        def select_block(args: tuple[Array, ...]) -> Array:
-            q, weights, page_rows, positions = args
-            scores = self._scores(q, weights, index_keys, page_rows, positions, key_chunk)
-            best, chosen = lax.top_k(scores, topk)
-            chosen = jnp.where(jnp.isneginf(best), -1, chosen)
-            return logical_to_physical(page_rows, chosen, index_keys.page_size)
-
-        args = (q, weights, page_rows, positions)
-        if block == tokens:
-            return select_block(args)
-        num_blocks = -(-tokens // block)
-        padding = num_blocks * block - tokens
-        # Padding tokens stand at position -1: they see no key.
-        padded = [
-            jnp.pad(
-                x,
-                [(0, padding)] + [(0, 0)] * (x.ndim - 1),
-                constant_values=-1 if x is positions else 0,
-            )
-            for x in args
-        ]
-        slots = lax.map(
-            select_block, tuple(x.reshape(num_blocks, block, *x.shape[1:]) for x in padded)
-        )
-        return slots.reshape(-1, topk)[:tokens]
-
-    def _scores(
-        self,
-        q: Array,
-        weights: Array,
-        index_keys: LatentCache,
-        page_rows: Array,
-        positions: Array,
-        key_chunk: int,
-    ) -> Float[Array, "tokens keys"]:
-        """Scores of all keys of the page table; -inf for the future and for missing pages."""
-        tokens = q.shape[0]
-
-        def chunk_scores(i: Array | int) -> Array:
-            keys = jnp.broadcast_to(i * key_chunk + jnp.arange(key_chunk), (tokens, key_chunk))
-            slots = logical_to_physical(page_rows, keys, index_keys.page_size)
-            # Masked before the gather: the bytes of slots that nobody wrote are never read.
-            slots = jnp.where(keys <= positions[:, None], slots, -1)
-            k = index_keys.gather(slots, dtype=q.dtype)
-            per_head = jnp.einsum(
-                "thd,tkd->thk",
-                q,
-                k,
-                precision=self.precision,
-                preferred_element_type=jnp.float32,
-            )
-            scores = jnp.einsum(
-                "thk,th->tk", jax.nn.relu(per_head), weights, precision=lax.Precision.HIGHEST
-            )
-            return jnp.where(slots >= 0, scores, -jnp.inf)
-
-        num_chunks = -(-page_rows.shape[1] * index_keys.page_size // key_chunk)
-        if num_chunks == 1:
-            return chunk_scores(0)
-        return lax.fori_loop(
-            0,
-            (jnp.max(positions) + key_chunk) // key_chunk,
-            lambda i, scores: lax.dynamic_update_slice_in_dim(
-                scores, chunk_scores(i), i * key_chunk, axis=1
-            ),
-            jnp.full((tokens, num_chunks * key_chunk), -jnp.inf, jnp.float32),
-        )
+    return Indexer(
+        config.hidden_size,
+        config.q_lora_rank,
+        config.indexer,
+        rope=config.rope,
+        rope_dim=config.qk_rope_head_dim,
+        **kwargs,
+    )
 
 
 class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
@@ -758,7 +493,7 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
             "rngs": rngs,
         }
         super().__init__(config, **common, **kwargs)
-        self.indexer = nnx.data(Indexer(config, **common) if has_indexer else None)
+        self.indexer = nnx.data(_indexer(config, **common) if has_indexer else None)
 
     def init_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, num_pages: int, page_size: int = 64, *, format: KVCacheFormat = "fp8_ds_mla"
@@ -844,10 +579,15 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
         latent = self._write(cache.latent, kv_c, k_pe, tokens, self.implementation)
         index_keys = cache.index_keys
         if self.indexer is not None and index_keys is not None and low_rank_q is not None:
-            index_q, weights, new_keys = self.indexer.project(flat_x, low_rank_q, tokens.positions)
+            index_q, weights, new_keys = self.indexer.project(
+                flat_x, low_rank_q, tokens.positions.reshape(-1)
+            )
             index_keys = self._write(index_keys, new_keys, None, tokens, "xla")
+            if cu_q_lens is None:
+                index_q = index_q.reshape(*tokens.batch_shape, *index_q.shape[1:])
+                weights = weights.reshape(*tokens.batch_shape, *weights.shape[1:])
             topk_indices = self.parallelism.on_each_device(self.indexer.select)(
-                index_q, weights, index_keys, tokens.page_rows, tokens.positions
+                index_q, weights, index_keys, page_indices, kv_lens, cu_q_lens
             )
         assert topk_indices is not None
         out = self._op(mla_sparse_attention)(q, latent, topk_indices)

@@ -14,7 +14,8 @@ chunks of tokens, the dense forms over chunks of queries and of keys with an onl
 and Gimelshein, 2018).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,47 +157,82 @@ def prefill(
     """Ragged dense attention, `(out, lse float32)`; one block of one sequence at a time."""
     tokens, num_q_heads, _ = q.shape
     softmax = _softmax(q, sm_scale, attn_sink)
-    chunk = max(1, min(_QUERY_CHUNK, tokens))
+
+    def block(b: Array, positions: Array, q: Array) -> tuple[Array, Array]:
+        table = lax.dynamic_slice_in_dim(page_indices, b, 1)
+        out, lse = _attend_pages(q[None], cache, table, positions[None], softmax)
+        return out[0], lse[0]
+
+    return walk_sequences(
+        block,
+        (q,),
+        (
+            jnp.zeros((tokens, num_q_heads, cache.kv_lora_rank), softmax.out_dtype),
+            jnp.full((tokens, num_q_heads), -jnp.inf, jnp.float32),
+        ),
+        kv_lens,
+        cu_q_lens,
+        chunk=_QUERY_CHUNK,
+    )
+
+
+def walk_sequences(
+    f: Callable[..., tuple[Array, ...]],
+    inputs: tuple[Array, ...],
+    outputs: tuple[Array, ...],
+    kv_lens: Int[Array, " batch"],
+    cu_q_lens: Int[Array, " batch_plus_1"],
+    *,
+    chunk: int,
+) -> Any:
+    """Applies `f` to a ragged batch, `chunk` tokens of one sequence at a time.
+
+    Args:
+      f: `f(b, positions, *blocks) -> blocks`: of sequence `b`, its tokens at `positions` [chunk],
+        -1 where the block goes beyond the sequence.
+      inputs: arrays [tokens, ...] that the input blocks are cut from.
+      outputs: arrays [tokens, ...] that the output blocks are put into; what belongs to no
+        sequence keeps its value.
+      kv_lens, cu_q_lens: as in `mla_jax.mla_prefill`.
+      chunk: tokens per block.
+
+    Returns:
+      The outputs.
+    """
+    tokens = inputs[0].shape[0]
+    if tokens == 0 or kv_lens.shape[0] == 0:
+        return outputs
+    chunk = min(chunk, tokens)
+
     # A block that starts at the last token reaches beyond the end: the padding keeps dynamic_slice
     # from moving its start.
-    q = jnp.pad(q, ((0, chunk), (0, 0), (0, 0)))
-    out = jnp.zeros((tokens + chunk, num_q_heads, cache.kv_lora_rank), softmax.out_dtype)
-    lse = jnp.full((tokens + chunk, num_q_heads), -jnp.inf, jnp.float32)
-    if kv_lens.shape[0] == 0:
-        return out[:tokens], lse[:tokens]
+    def padded(x: Array) -> Array:
+        return jnp.pad(x, [(0, chunk)] + [(0, 0)] * (x.ndim - 1))
+
+    inputs = tuple(map(padded, inputs))
     offsets = jnp.arange(chunk)
 
-    def block(b: Array, i: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, lse = state
+    def block(b: Array, i: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
         start = cu_q_lens[b] + i * chunk
         in_sequence = start + offsets < cu_q_lens[b + 1]
         first_position = kv_lens[b] - (cu_q_lens[b + 1] - cu_q_lens[b]) + i * chunk
         positions = jnp.where(in_sequence, first_position + offsets, -1)
-        block_out, block_lse = _attend_pages(
-            lax.dynamic_slice_in_dim(q, start, chunk)[None],
-            cache,
-            lax.dynamic_slice_in_dim(page_indices, b, 1),
-            positions[None],
-            softmax,
-        )
-        # The block's tail may hold the next sequence's tokens: those keep what they have.
-        block_out = jnp.where(
-            in_sequence[:, None, None], block_out[0], lax.dynamic_slice_in_dim(out, start, chunk)
-        )
-        block_lse = jnp.where(
-            in_sequence[:, None], block_lse[0], lax.dynamic_slice_in_dim(lse, start, chunk)
-        )
-        return (
-            lax.dynamic_update_slice_in_dim(out, block_out, start, 0),
-            lax.dynamic_update_slice_in_dim(lse, block_lse, start, 0),
-        )
+        results = f(b, positions, *(lax.dynamic_slice_in_dim(x, start, chunk) for x in inputs))
+        updated = []
+        for result, output in zip(results, outputs, strict=True):
+            # The block's tail may hold the next sequence's tokens: those keep what they have.
+            kept = lax.dynamic_slice_in_dim(output, start, chunk)
+            mask = in_sequence.reshape(chunk, *[1] * (output.ndim - 1))
+            result = jnp.where(mask, result, kept)
+            updated.append(lax.dynamic_update_slice_in_dim(output, result, start, 0))
+        return tuple(updated)
 
-    def sequence(b: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def sequence(b: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
         blocks = (cu_q_lens[b + 1] - cu_q_lens[b] + chunk - 1) // chunk
-        return lax.fori_loop(0, blocks, lambda i, state: block(b, i, state), state)
+        return lax.fori_loop(0, blocks, lambda i, outputs: block(b, i, outputs), outputs)
 
-    out, lse = lax.fori_loop(0, kv_lens.shape[0], sequence, (out, lse))
-    return out[:tokens], lse[:tokens]
+    outputs = lax.fori_loop(0, kv_lens.shape[0], sequence, tuple(map(padded, outputs)))
+    return tuple(x[:tokens] for x in outputs)
 
 
 def _attend_pages(

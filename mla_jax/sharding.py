@@ -1,5 +1,11 @@
-"""Tensor parallelism over query heads: an op under `jax.shard_map`, head padding included."""
+"""Tensor parallelism over one mesh axis.
 
+`tensor_parallel` runs an attention op under `jax.shard_map`, per-device head padding included.
+`Parallelism` is what the modules know of the mesh: where their parameters lie, and where partial
+sums are reduced.
+"""
+
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -7,13 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding
+from flax import nnx
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from mla_jax.attention import mla_decode, mla_prefill, mla_sparse_attention
 from mla_jax.heads import MAX_HEADS, with_padded_heads
 
-_Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+_Mesh = Mesh | AbstractMesh
 
 
 def _array_specs(op: Callable[..., Any], heads: str, batch: str | None) -> dict[str, P]:
@@ -168,3 +177,87 @@ def _check_mesh(
             f"{q.shape=}: {heads_per_device} heads a device on {head_axis=} are more than"
             f" {MAX_HEADS}; split them over more devices"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallelism:
+    """One mesh axis that heads, MLP columns and the vocabulary are split over.
+
+    Attributes:
+      mesh: the mesh, or None for the one in context, if it has the axis.
+      axis: name of the mesh axis.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+    axis: str = "model"
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None and self.axis not in self.mesh.axis_names:
+            raise ValueError(
+                f"axis {self.axis!r} is not an axis of the mesh: {self.mesh.axis_names}; name the"
+                " axis to split over"
+            )
+
+    def current_mesh(self) -> Mesh | AbstractMesh | None:
+        """The mesh to split over here: context first; None inside of a shard_map over the axis."""
+        context = jax.sharding.get_abstract_mesh()
+        if self.axis not in context.axis_names:
+            return self.mesh
+        axis_type = context.axis_types[context.axis_names.index(self.axis)]
+        return None if axis_type == AxisType.Manual else context
+
+    def metadata(self, *spec: str | None) -> dict[str, Any]:
+        """Variable metadata for an array laid out by `spec`, and placed so if a mesh is known."""
+        mesh = self.current_mesh()
+        placement = {"eager_sharding": False} if mesh is None else {"mesh": mesh}
+        return {"out_sharding": P(*spec), **placement}
+
+    def check_divides(self, **sizes: int) -> None:
+        """Raises ValueError unless the axis divides each size."""
+        mesh = self.current_mesh()
+        if mesh is None:
+            return
+        for name, size in sizes.items():
+            if size % mesh.shape[self.axis]:
+                raise ValueError(
+                    f"{name}={size} is not divisible by the {mesh.shape[self.axis]} devices of mesh"
+                    f" axis {self.axis!r}; use a number of devices that divides it"
+                )
+
+    def replicate(self, x: Array) -> Array:
+        """Constrains `x` to be whole on every device: the point where partial sums are reduced."""
+        mesh = self.current_mesh()
+        return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+
+    def replicated_sharding(self) -> NamedSharding | None:
+        """Every device of the mesh; None without one. Not for use while tracing."""
+        if isinstance(self.mesh, Mesh):
+            return NamedSharding(self.mesh, P())
+        in_context = self.axis in jax.sharding.get_abstract_mesh().axis_names
+        return NamedSharding(jax.sharding.get_mesh(), P()) if in_context else None
+
+    def on_each_device(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """`f` on whole arrays, once per device, out of the partitioner's hands."""
+        mesh = self.current_mesh()
+        if mesh is None:
+            return f
+        return jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+
+    def run(self, method: Callable[..., Any], module: nnx.Module, *args: Any) -> Any:
+        """`method(module, *args)`, with Explicit mesh axes turned to Auto inside.
+
+        Sharding in types would need an annotation at each contraction over split heads; the layout
+        is known here and fixed by the parameters and `replicate`. The results are replicated.
+        """
+        mesh = self.current_mesh()
+        if mesh is None or AxisType.Explicit not in mesh.axis_types:
+            return method(module, *args)
+        graphdef, state = nnx.split(module)
+
+        def body(state: Any, args: Any) -> Any:
+            return method(nnx.merge(graphdef, state), *args)
+
+        abstract_mesh = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+        with jax.sharding.use_abstract_mesh(abstract_mesh):
+            auto = jax.sharding.auto_axes(body, out_sharding=P())
+            return auto(state, args)  # pyright: ignore[reportCallIssue]

@@ -11,6 +11,7 @@ from huggingface import CASES, expected, load, make_mesh
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import mla_jax.indexer
 import mla_jax.modules
 from mla_jax import LatentCache, allocate_pages
 from mla_jax.modules import (
@@ -157,16 +158,14 @@ def test_absorption_equals_the_plain_form():
     assert module.w_uv.shape == (128, 8, 12)
 
 
-def naive_topk(scores, topk):
-    """Positions of the best scores at or before each token; sets, since order means nothing."""
-    return [set(np.argsort(-row[: t + 1], kind="stable")[:topk]) for t, row in enumerate(scores)]
-
-
-@pytest.mark.parametrize("chunked", [False, True], ids=["one-piece", "chunked"])
-def test_indexer_selects_the_best_past_keys(chunked, monkeypatch):
-    if chunked:  # 3 tokens and 8 keys at a time.
-        monkeypatch.setattr(mla_jax.modules, "_INDEX_KEY_CHUNK", 8)
-        monkeypatch.setattr(mla_jax.modules, "_MAX_SCORE_BYTES", 4 * 4 * 8 * 3)
+@pytest.mark.parametrize("form", ["equal", "equal, in blocks", "ragged"])
+@pytest.mark.parametrize("overrun", [0, 1, 30])
+def test_indexer_selects_the_best_past_keys(form, overrun, monkeypatch):
+    monkeypatch.setattr(mla_jax.indexer, "_MAX_KEY_CHUNK", 8)
+    monkeypatch.setattr(mla_jax.indexer, "_MIN_KEY_CHUNK", 8)
+    monkeypatch.setattr(mla_jax.indexer, "_QUERY_CHUNK", 6)
+    if form == "equal, in blocks":  # 3 tokens at a time.
+        monkeypatch.setattr(mla_jax.indexer, "_MAX_SCORE_BYTES", 4 * 4 * 8 * 3)
     indexer = sparse().indexer
     rng = np.random.default_rng(0)
     q, weights, k = (
@@ -177,35 +176,39 @@ def test_indexer_selects_the_best_past_keys(chunked, monkeypatch):
     slots = pages[np.arange(LEN) // 4] * 4 + np.arange(LEN) % 4
     keys = cache.index_keys.write(jnp.asarray(k), jnp.zeros((LEN, 0)), jnp.asarray(slots))
     select = nnx.jit(lambda indexer, *args: indexer.select(*args))
-    chosen = select(
-        indexer, q, weights, keys, jnp.repeat(page_indices, LEN, axis=0), jnp.arange(LEN)
-    )
+    # With an overrun the length is beyond the page table: its last tokens see all keys there are.
+    kv_lens = jnp.array([LEN + overrun])
+    if form == "ragged":
+        chosen = select(indexer, q, weights, keys, page_indices, kv_lens, jnp.array([0, LEN]))
+    else:
+        chosen = select(indexer, q[None], weights[None], keys, page_indices, kv_lens)
     assert chosen.shape == (LEN, 8)
     scores = np.einsum("thk,th->tk", np.maximum(np.einsum("thd,kd->thk", q, k), 0), weights)
-    for t, want in enumerate(naive_topk(scores, 8)):
-        have = np.asarray(chosen[t])
-        assert (have < 0).sum() == max(0, 8 - (t + 1))
-        assert set(have[have >= 0]) == {slots[p] for p in want}
+    for t, have in enumerate(np.asarray(chosen)):
+        seen = min(overrun + t + 1, LEN)
+        want = np.argsort(-scores[t, :seen], kind="stable")[:8]
+        assert (have < 0).sum() == max(0, 8 - seen)
+        assert set(have[have >= 0]) == set(slots[want])
 
 
 def test_memory_of_the_indexer_is_bounded():
     """Selecting for 512 tokens among 16,384 keys never holds all per-head scores (137 GB)."""
     config = dataclasses.replace(SPARSE_CONFIG, indexer=IndexerConfig(4096, 16, 8))
     with nnx.use_eager_sharding(False):
-        indexer = nnx.eval_shape(lambda: mla_jax.modules.Indexer(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(indexer)
+        module = nnx.eval_shape(lambda: SparseMultiHeadLatentAttention(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module.indexer)
     keys = LatentCache(jax.ShapeDtypeStruct((256, 64, 16), jnp.float32), 16, 0)
     f = jax.jit(lambda state, *args: nnx.merge(graphdef, state).select(*args))
     shape = jax.ShapeDtypeStruct
     compiled = f.lower(
         state,
-        shape((512, 4096, 16), jnp.float32),
-        shape((512, 4096), jnp.float32),
+        shape((4, 128, 4096, 16), jnp.float32),
+        shape((4, 128, 4096), jnp.float32),
         keys,
-        shape((512, 256), jnp.int32),
-        shape((512,), jnp.int32),
+        shape((4, 256), jnp.int32),
+        shape((4,), jnp.int32),
     ).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * mla_jax.modules._MAX_SCORE_BYTES
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * mla_jax.indexer._MAX_SCORE_BYTES
 
 
 def test_topk_of_all_keys_is_dense_attention():

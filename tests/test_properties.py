@@ -3,6 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+pytest.importorskip("hypothesis")  # Not on every GPU machine, where only gpu tests run.
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

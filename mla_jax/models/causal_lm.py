@@ -20,10 +20,10 @@ from mla_jax.models.config import ModelConfig
 from mla_jax.models.moe import MLP, MoE
 from mla_jax.modules import (
     MultiHeadLatentAttention,
-    Parallelism,
     SparseCache,
     SparseMultiHeadLatentAttention,
 )
+from mla_jax.sharding import Parallelism
 
 LayerCache = LatentCache | SparseCache
 

@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Self
 
-from mla_jax.modules import IndexerConfig, MLAConfig
+from mla_jax.indexer import IndexerConfig
+from mla_jax.modules import MLAConfig
 from mla_jax.rope import RopeConfig
 
 # model_type -> whether it has the DSA indexer. kimi_k2 is DeepSeek V3's architecture.

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mla_jax.models.config import MoEConfig
-from mla_jax.modules import Parallelism
+from mla_jax.sharding import Parallelism
 
 # Tokens of one expert that are multiplied at a time: enough to reuse the expert's weights, few
 # enough that small batches are not mostly padding.

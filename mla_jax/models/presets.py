@@ -5,8 +5,9 @@ Attention sizes, softmax scales and routing are those that decoding speed and me
 
 import dataclasses
 
+from mla_jax.indexer import IndexerConfig
 from mla_jax.models.config import ModelConfig, MoEConfig
-from mla_jax.modules import IndexerConfig, MLAConfig
+from mla_jax.modules import MLAConfig
 from mla_jax.rope import RopeConfig, YarnConfig
 
 
