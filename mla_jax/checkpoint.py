@@ -1,12 +1,8 @@
 """Hugging Face checkpoints (safetensors) in, a `CausalLM` on its devices out.
 
 The model is built abstractly, and each parameter is then read straight into its shards: a device's
-part of a tensor is sliced out of the memory-mapped file, dequantized and transposed on the host,
+part of a tensor is sliced out of the file by safetensors, dequantized and transposed on the host,
 and placed. Neither random initial values nor a second copy of the weights ever exist.
-
-A safetensors file is an 8-byte little-endian header length, a JSON header of
-`{name: {"dtype", "shape", "data_offsets"}}`, and the tensors' bytes. It is read here rather than by
-the safetensors package, whose NumPy side has no float8.
 
 FP8 checkpoints hold float8_e4m3fn `X.weight` beside float32 `X.weight_scale_inv`, one scale per
 block of (128, 128) [out, in], ragged at the edges:
@@ -17,10 +13,10 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import re
-import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -32,6 +28,7 @@ import numpy as np
 from flax import nnx
 from flax.typing import PrecisionLike
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from mla_jax.dispatch import Implementation
@@ -59,17 +56,16 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file, not read yet.
-
-    Attributes:
-      name: as in the file.
-      file: the file that holds it.
-      data: its values, memory-mapped.
-    """
+    """One tensor of a safetensors file, not read yet; indexing reads that part into a new array."""
 
     name: str
     file: pathlib.Path
-    data: np.ndarray
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    lazy: Any  # safetensors' slice object; it keeps the file mapped, but not open
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self.lazy[index]
 
     def __str__(self) -> str:
         return f"{self.name} in {self.file}"
@@ -81,41 +77,41 @@ def open_safetensors(file: pathlib.Path) -> dict[str, StoredTensor]:
     Raises:
       CheckpointError: if the file is truncated, its header is damaged, or a dtype is not supported.
     """
+    # safetensors 0.8 asks NumPy for `numpy.float8_e4m3fn` when a float8 tensor is sliced; NumPy has
+    # none, ml_dtypes has. It stays bound, for tensors are sliced later and maybe by other threads.
+    if not hasattr(np, "float8_e4m3fn"):
+        np.float8_e4m3fn = ml_dtypes.float8_e4m3fn  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with safe_open(file, framework="np") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
+    except SafetensorError as error:
+        raise CheckpointError(_truncation(file) or f"{file}: {error}") from error
+    tensors = {}
+    for name, lazy in slices.items():
+        shape, dtype = tuple(lazy.get_shape()), lazy.get_dtype()
+        if dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{name} in {file}: dtype {dtype} is not supported; only {list(_DTYPES)} are"
+            )
+        tensors[name] = StoredTensor(name, file, shape, _DTYPES[dtype], lazy)
+    return tensors
+
+
+def _truncation(file: pathlib.Path) -> str | None:
+    """Where a file that safetensors refused is cut off, if it is: safetensors names no tensor."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length + 8 > size:
-            raise CheckpointError(f"{file}: truncated in the header, at {size} bytes")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {
-                name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-                for name, entry in header.items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{file}: no safetensors header: {error}") from error
-    data = np.memmap(file, np.uint8, "r") if entries else np.zeros(0, np.uint8)
-    tensors = {}
-    for name, (dtype_name, shape, start, end) in entries.items():
-        if dtype_name not in _DTYPES:
-            raise CheckpointError(
-                f"{name} in {file}: dtype {dtype_name} is not supported; only {list(_DTYPES)} are"
-            )
-        dtype = _DTYPES[dtype_name]
-        if end - start != dtype.itemsize * int(np.prod(shape)):
-            raise CheckpointError(
-                f"{name} in {file}: {end - start} bytes are not those of {dtype_name} {list(shape)}"
-            )
-        if 8 + length + end > size:
-            raise CheckpointError(
-                f"{name} in {file}: truncated: its data ends at byte {8 + length + end}, the file"
-                f" at {size}"
-            )
-        values = np.ndarray(shape, dtype, buffer=data, offset=8 + length + start)
-        tensors[name] = StoredTensor(name, file, values)
-    return tensors
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        if start > size:
+            return f"{file}: truncated in the header, at {size} bytes"
+        header = stream.read(start - 8)
+    # These come from a damaged header, and from min() where no tensor is cut off.
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
+        tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        ends = ((start + tensor["data_offsets"][1], name) for name, tensor in tensors.items())
+        end, name = min(pair for pair in ends if pair[0] > size)
+        return f"{name} in {file}: truncated: its data ends at byte {end}, the file at {size}"
+    return None
 
 
 def open_checkpoint(directory: str | os.PathLike[str]) -> dict[str, StoredTensor]:
@@ -154,7 +150,7 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> dict[str, StoredTensor
 
 
 def dequantize_block(
-    weight: np.ndarray, scale_inv: np.ndarray, index: _Index, block: tuple[int, int]
+    weight: np.ndarray | StoredTensor, scale_inv: np.ndarray, index: _Index, block: tuple[int, int]
 ) -> np.ndarray:
     """`weight[index] * scale_inv` of its blocks, float32; `index` need not align with blocks."""
     out, inner = (
@@ -196,12 +192,12 @@ class _Parameter:
         index = index[::-1] if self.transpose else index
         stored, scale = self.tensors[i], self.scales[i]
         if scale is None:
-            values = stored.data[index]
+            values = stored[index]
         else:
             assert self.block is not None
-            values = dequantize_block(stored.data, scale.data, index, self.block)
-        progress(values.size * stored.data.dtype.itemsize)
-        return np.array(values.T if self.transpose else values, self.dtype, order="C")
+            values = dequantize_block(stored, scale[...], index, self.block)
+        progress(values.size * stored.dtype.itemsize)
+        return np.asarray(values.T if self.transpose else values, self.dtype, order="C")
 
 
 def _tensor_names(path: tuple[Any, ...], num_experts: int) -> tuple[list[str], bool, bool]:
@@ -231,9 +227,9 @@ def _parameter(
         if name not in stored:
             raise CheckpointError(f"{name} is missing from the checkpoint {directory}")
         tensor = stored[name]
-        if tensor.data.shape != shape:
+        if tensor.shape != shape:
             raise CheckpointError(
-                f"{tensor} has shape {list(tensor.data.shape)}; the config asks for {list(shape)}"
+                f"{tensor} has shape {list(tensor.shape)}; the config asks for {list(shape)}"
             )
         tensors.append(tensor)
         scales.append(_scale_of(tensor, stored, config.weight_block_size))
@@ -251,7 +247,7 @@ def _parameter(
 def _scale_of(
     tensor: StoredTensor, stored: Mapping[str, StoredTensor], block: tuple[int, int] | None
 ) -> StoredTensor | None:
-    if tensor.data.dtype != _DTYPES["F8_E4M3"]:
+    if tensor.dtype != _DTYPES["F8_E4M3"]:
         return None
     name = tensor.name + _SCALE_SUFFIX
     if block is None or name not in stored:
@@ -260,11 +256,11 @@ def _scale_of(
             + (f"{name} is missing" if block else "config.json has no quantization_config")
         )
     scale = stored[name]
-    expected = tuple(-(-n // b) for n, b in zip(tensor.data.shape, block, strict=True))
-    if scale.data.shape != expected:
+    expected = tuple(-(-n // b) for n, b in zip(tensor.shape, block, strict=True))
+    if scale.shape != expected:
         raise CheckpointError(
-            f"{scale} has shape {list(scale.data.shape)}; blocks of {list(block)} of {tensor.name}"
-            f" {list(tensor.data.shape)} need {list(expected)}"
+            f"{scale} has shape {list(scale.shape)}; blocks of {list(block)} of {tensor.name}"
+            f" {list(tensor.shape)} need {list(expected)}"
         )
     return scale
 
@@ -345,7 +341,9 @@ def load_model(
     }
     _check_unknown(stored, list(parameters.values()), config)
 
-    total = sum(t.data.nbytes for p in parameters.values() for t in p.tensors)
+    total = sum(
+        math.prod(t.shape) * t.dtype.itemsize for p in parameters.values() for t in p.tensors
+    )
     with _progress_bar(total, progress) as read:
         loaded = {
             path: variable.replace(_place(parameters[path], _sharding(variable, mesh), read))
