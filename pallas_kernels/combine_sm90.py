@@ -21,10 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper as hw
 
 _WARPGROUP = 128
-# Stands for "no key yet": finite, so that exp(-inf - maximum) is 0 and not NaN.
-_NO_MAXIMUM = -1e30
+# Stands for "no key yet": finite, so that exp(-inf - maximum) is 0 and not NaN, and below all lse.
+_NO_MAXIMUM = -3.4028234e38
 
 
+# Under jit, so that eager calls compile once.
+@functools.partial(jax.jit, static_argnames="interpret")
 def merge_partials_sm90(
     partial_out: jax.Array,
     partial_lse: jax.Array,

@@ -131,9 +131,6 @@ class Reg:
     def __or__(self, other: "Reg | int") -> "Reg":
         return Reg(arith.ori(self.value, self._operand(other)))
 
-    def __xor__(self, other: "Reg | int") -> "Reg":
-        return Reg(arith.xori(self.value, self._operand(other)))
-
     def __lshift__(self, other: "Reg | int") -> "Reg":
         return Reg(arith.shli(self.value, self._operand(other)))
 
@@ -245,11 +242,6 @@ def fma(a: Reg, b: Reg, c: Reg) -> Reg:
 def maximum(a: Reg, b: Reg) -> Reg:
     """`max.f32`: `jnp.fmax(a, b)` (a NaN operand is ignored)."""
     return _asm("max.f32 $0, $1, $2;", a, b, out=_f32())
-
-
-def absolute(a: Reg) -> Reg:
-    """`abs.f32`: `jnp.abs(a)`."""
-    return _asm("abs.f32 $0, $1;", a, out=_f32())
 
 
 def divide(a: Reg, b: Reg) -> Reg:

@@ -44,10 +44,11 @@ Numbers
   own into the same accumulator.
 - Scales never meet the 8-bit data. Scores: one accumulator per 128 dims, combined in float32 with
   the token's scales. Values: P times the token's scale of the 128 dims, as float16 pairs.
-- float16's range never shows: each query head is scaled by a power of two to 2**14 .. 2**15, undone
-  in the scores; token scales are taken relative to a running power of two (their largest so far),
-  undone at the end. When it or the running maximum (by more than 2**4) is outgrown, the
-  accumulators are rescaled; usually they are not.
+- float16's range: each query head is scaled by a power of two to 2**14 .. 2**15, undone in the
+  scores; token scales are taken relative to a running power of two (their largest so far), undone
+  at the end. When it or the running maximum (by more than 2**4) is outgrown, the accumulators are
+  rescaled; usually they are not. What this cannot hold: a token's values lose bits where another
+  token of the list, weighty or not, has a scale more than 2**24 times as large.
 - A masked token's row is never read from the cache: it is zeros in shared memory, its score -inf.
 - No atomics, one fixed order of everything: bitwise deterministic.
 
@@ -110,8 +111,11 @@ HEAD_BLOCK = 8
 DIM_BLOCK = 16
 """Value dims per MMA of the values stage: its M there."""
 
-HEAD_TILES = (8, 16, 24, 32)
+CTA_HEAD_TILES = (8, 16, 24, 32)
 """Query heads that a CTA can take."""
+
+MAX_SPLITS = 64
+"""CTAs that can share the keys of one token."""
 
 _ROW = layout.FP8_ROW_BYTES
 _NUM_TILES = layout.num_scale_tiles(layout.KV_LORA_RANK)
@@ -127,7 +131,8 @@ _QUERY_BYTES = _QUERY_UNITS * 512
 
 # The running maximum may lag behind by 2**4 before the accumulators are rescaled.
 _MAX_LAG = 4.0
-_NO_MAXIMUM = -1e30
+# Finite, so that -inf - maximum is -inf and not NaN, and below every score.
+_NO_MAXIMUM = -3.4028234e38
 # P (at most 2**_MAX_LAG) and the token scales (less than 2, relative to the running scale) become
 # float16 times 2**5 each, so that their product stays below 2**15 and small ones stay normal.
 _HEADROOM = 5
@@ -159,10 +164,13 @@ class SparseAttentionConfig:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
-        if self.head_tile not in HEAD_TILES:
-            raise ValueError(f"head_tile={self.head_tile} must be one of {HEAD_TILES}")
-        if self.num_splits < 1:
-            raise ValueError(f"num_splits={self.num_splits} must be at least 1")
+        if self.head_tile not in CTA_HEAD_TILES:
+            raise ValueError(f"head_tile={self.head_tile} must be one of {CTA_HEAD_TILES}")
+        if not 1 <= self.num_splits <= MAX_SPLITS:
+            raise ValueError(
+                f"num_splits={self.num_splits} must be 1 to {MAX_SPLITS}: the merge holds one value"
+                " of each split in registers"
+            )
         if self.num_warpgroups not in (1, 2):
             raise ValueError(
                 f"num_warpgroups={self.num_warpgroups} must be 1 or 2: with 3, a thread has 168"
@@ -253,7 +261,7 @@ def _maxima_bytes(config: SparseAttentionConfig) -> int:
 
 def default_config(tokens: int, num_heads: int, topk: int) -> SparseAttentionConfig:
     """What measured, or is estimated to be, fastest for these shapes on an H100."""
-    groups = -(-num_heads // HEAD_TILES[-1])
+    groups = -(-num_heads // CTA_HEAD_TILES[-1])
     head_tile = -(-num_heads // groups // HEAD_BLOCK) * HEAD_BLOCK
     if tokens * groups >= 4 * hw.NUM_SMS:
         # Many waves: no splits, whose partial results would only take memory. Two small CTAs on an
@@ -898,14 +906,33 @@ def sparse_attention_sm90(
     _validate(q, kv_cache, topk_indices, attn_sink, topk_lens)
     tokens, num_heads, _ = q.shape
     topk = topk_indices.shape[1]
-    num_slots = kv_cache.shape[0] * kv_cache.shape[1]
-    if 0 in (tokens, num_heads, topk, num_slots):
+    if 0 in (tokens, num_heads, topk, kv_cache.shape[0], kv_cache.shape[1]):
         return (
             jnp.zeros((tokens, num_heads, layout.KV_LORA_RANK), jnp.bfloat16),
             jnp.full((tokens, num_heads), -jnp.inf, jnp.float32),
         )
     if config is None:
         config = default_config(tokens, num_heads, topk)
+    return _attend(
+        q, kv_cache, topk_indices, attn_sink, topk_lens, sm_scale=float(sm_scale), config=config
+    )
+
+
+# Under jit, so that eager calls compile once, and layers of one shape share one kernel.
+@functools.partial(jax.jit, static_argnames=("sm_scale", "config"))
+def _attend(
+    q: jax.Array,
+    kv_cache: jax.Array,
+    topk_indices: jax.Array,
+    attn_sink: jax.Array | None,
+    topk_lens: jax.Array | None,
+    *,
+    sm_scale: float,
+    config: SparseAttentionConfig,
+) -> tuple[jax.Array, jax.Array]:
+    tokens, num_heads, _ = q.shape
+    topk = topk_indices.shape[1]
+    num_slots = kv_cache.shape[0] * kv_cache.shape[1]
     final = config.num_splits == 1
     operands = {"kv_cache": kv_cache, "q": q, "indices": topk_indices}
     if topk_lens is not None:
@@ -913,9 +940,7 @@ def sparse_attention_sm90(
     if attn_sink is not None and final:  # otherwise the merge applies it
         operands["sink"] = attn_sink.astype(jnp.float32)
     names = (*operands, "out", "lse", "smem")
-    problem = _Problem(
-        num_heads, topk, num_slots, float(sm_scale), "lens" in operands, "sink" in operands
-    )
+    problem = _Problem(num_heads, topk, num_slots, sm_scale, "lens" in operands, "sink" in operands)
 
     def sparse_attention_kernel(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from pallas_kernels import cache_write_sm90
+from tests import oracle
 from tests.helpers import load_flashmla
 
 ROW = 656
@@ -176,6 +177,18 @@ def test_writes_flashmla_s_cache_bit_for_bit(name):
         jnp.zeros(expected.shape, jnp.uint8), latents[:, :512], latents[:, 512:], slots
     )
     np.testing.assert_array_equal(np.asarray(after), expected)
+
+
+@pytest.mark.gpu
+def test_not_finite_latents_stay_visible():
+    kv_c = jnp.ones((2, 512)).at[0, 3].set(jnp.nan).at[1, 200].set(jnp.inf)
+    cache = jnp.zeros((1, 2, ROW), jnp.uint8)
+    after = cache_write_sm90(cache, kv_c, jnp.ones((2, 64)), jnp.arange(2, dtype=jnp.int32))
+    with np.errstate(all="ignore"):
+        values = oracle.fp8_rows(np.asarray(after)[0]).astype(np.float32)
+    assert not np.isfinite(values[0, 3])
+    assert not np.isfinite(values[1, 200])
+    assert np.isfinite(values[:, 300:]).all()
 
 
 @pytest.mark.gpu

@@ -1,10 +1,14 @@
 """Who runs when: on a CPU machine that pretends to sit beside a Hopper GPU."""
 
+import re
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from mla_jax import dispatch
+from mla_jax import LatentCache, dispatch, mla_decode, mla_sparse_attention
+from tests.helpers import random_latents, random_q
 
 
 def xla(x):
@@ -66,3 +70,77 @@ def test_named_implementations_are_obeyed():
         dispatch.dispatch("mosaic_gpu", xla, cannot, jnp.ones(3))
     with pytest.raises(ValueError, match="implementation='triton' must be None or one of"):
         dispatch.dispatch("triton", xla, cannot, jnp.ones(3))  # pyright: ignore[reportArgumentType]
+
+
+def attend_and_write(implementation, kv_c, k_pe, slots, q, cache, indices):
+    cache = cache.write(kv_c, k_pe, slots, implementation=implementation)
+    out, lse = mla_sparse_attention(
+        q, cache, indices, sm_scale=0.07, return_lse=True, implementation=implementation
+    )
+    return out, lse, cache
+
+
+def operands(format="fp8_ds_mla"):
+    rng = np.random.default_rng(0)
+    cache = LatentCache.init(4, 64, format=format)
+    cache = cache.write(*random_latents(rng, 256), jnp.arange(256), implementation="xla")
+    indices = jnp.asarray(rng.integers(-1, 256, (3, 40)), jnp.int32)
+    slots = jnp.array([5, -1, 80], jnp.int32)
+    return (*random_latents(rng, 3), slots, random_q(rng, 3, 8, 576), cache, indices)
+
+
+def kernels_in(fn, *args):
+    text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return len(re.findall("custom_call @mosaic_gpu", text)), text.count('"stablehlo.scatter"')
+
+
+@pytest.mark.usefixtures("hopper")
+def test_by_default_hopper_attends_and_writes_with_kernels_alone():
+    def default(*args):
+        return attend_and_write(None, *args)
+
+    kernels, scatters = kernels_in(default, *operands())
+    assert kernels >= 2  # the write, the attention, and its merge where keys are split
+    assert scatters == 0
+    # Where there is no kernel for it, everything is XLA's.
+    assert kernels_in(default, *operands("bfloat16")) == (0, 1)
+    *_, q, cache, indices = operands()
+    attend = jax.jit(lambda q: mla_sparse_attention(q, cache, indices, sm_scale=0.07))
+    assert kernels_in(attend, q.astype(jnp.float32))[0] == 0
+    table, lens = jnp.zeros((3, 1), jnp.int32), jnp.ones(3, jnp.int32)
+    assert (
+        kernels_in(lambda q: mla_decode(q[:, None], cache, table, lens, sm_scale=0.07), q)[0] == 0
+    )
+
+
+@pytest.mark.gpu
+def test_on_hopper_none_is_the_kernels_bit_for_bit():
+    """Inside a donated loop, as a decode step runs; and close to what XLA computes."""
+
+    def loop(implementation):
+        def run(cache, *args):
+            def body(i, carry):
+                cache, _, _ = carry
+                *latents, slots, q, indices = args
+                out, lse, cache = attend_and_write(
+                    implementation, *latents, slots + i, q, cache, indices
+                )
+                return cache, out, lse
+
+            init = cache, jnp.zeros((3, 8, 512), jnp.bfloat16), jnp.zeros((3, 8))
+            return jax.lax.fori_loop(0, 3, body, init)
+
+        kv_c, k_pe, slots, q, cache, indices = operands()
+        compiled = jax.jit(run, donate_argnums=0).lower(cache, kv_c, k_pe, slots, q, indices)
+        compiled = compiled.compile()
+        assert not re.search(r"= u8\[4,64,656\]\S* copy\(", compiled.as_text())
+        assert compiled.memory_analysis().alias_size_in_bytes >= cache.data.nbytes
+        cache, out, lse = compiled(cache, kv_c, k_pe, slots, q, indices)
+        return [np.asarray(x).astype(np.float32) for x in (cache.data, out, lse)]
+
+    default, kernels, xla = loop(None), loop("mosaic_gpu"), loop("xla")
+    for a, b in zip(default, kernels, strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(default[0], xla[0])
+    np.testing.assert_allclose(default[1], xla[1], atol=2e-2)
+    np.testing.assert_allclose(default[2], xla[2], rtol=1e-4)

@@ -111,7 +111,6 @@ def arithmetic(smem, x, y, a, b):
         hw.maximum(a, b),
         hw.fma(a, b, a),
         hw.divide(a, b),
-        hw.absolute(a),
         hw.select(a > b, x, y),
     ]
 
@@ -136,7 +135,6 @@ def arithmetic_plain():
             bits(np.maximum(a, b)),
             bits(wide),
             bits(a / b),
-            bits(np.abs(a)),
             np.where(a > b, x, y),
         ]
 

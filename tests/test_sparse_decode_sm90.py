@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import SparseAttentionConfig, sparse_attention_sm90, sparse_decode_sm90
 from pallas_kernels.hopper import NUM_SMS
-from pallas_kernels.sparse_decode_sm90 import HEAD_TILES, default_config
+from pallas_kernels.sparse_decode_sm90 import CTA_HEAD_TILES, default_config
 from tests import oracle
 from tests.helpers import assert_attention_close, load_flashmla
 
@@ -188,7 +188,7 @@ def test_default_config_fits_the_shapes(heads):
     ):
         config = default_config(tokens, heads, topk)
         groups = -(-heads // config.head_tile)
-        assert groups == -(-heads // HEAD_TILES[-1]), "no head group more than the heads need"
+        assert groups == -(-heads // CTA_HEAD_TILES[-1]), "no head group more than the heads need"
         # A split without a single key only costs time.
         assert config.num_splits == 1 or (config.num_splits - 1) * config.tokens_per_round < topk
         if tokens * groups >= 4 * NUM_SMS:
@@ -253,6 +253,8 @@ def run(q, cache, indices, **options):
 def check(q, cache, indices, *, most_tokens=12, **options):
     """`run`, against the float64 oracle for a sample of the tokens (the last one included)."""
     out, lse = run(q, cache, indices, **options)
+    assert np.isfinite(out.astype(np.float32)).all()
+    assert not (np.isnan(lse) | np.isposinf(lse)).any()
     tokens = np.unique(np.linspace(0, len(out) - 1, most_tokens).astype(int))
     sink, lens = options.get("attn_sink"), options.get("topk_lens")
     expected = oracle.sparse_attention(
@@ -428,6 +430,34 @@ def test_queries_of_bfloat16_s_range(heads, magnitude):
     q *= magnitude * np.exp2(-np.arange(heads))[:, None]
     q = jnp.asarray(q, jnp.bfloat16)
     check(q, cache, indices, sm_scale=SM_SCALE / magnitude)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_key_of_enormous_score_is_still_a_key(sign, num_splits):
+    """Scores near -1e32 in log2 units: nothing that stands for "no key" may outdo them."""
+    rng = np.random.default_rng(15)
+    cache = random_rows(rng, 640).reshape(10, 64, ROW)
+    indices = np.full((2, 600), -1, np.int32)
+    indices[:, 77] = [5, 400]
+    rows = oracle.cache_rows(cache)[indices[:, 77]]
+    q = np.repeat(sign * 2.0**104 * np.sign(rows)[:, None], 8, axis=1)
+    config = SparseAttentionConfig(8, num_splits)
+    check(jnp.asarray(q, jnp.bfloat16), cache, indices, config=config)
+
+
+@pytest.mark.gpu
+def test_tokens_without_weight_do_not_cost_the_others_their_bits():
+    """All weight on tokens of scale 2**-13, beside one of scale 2**6 that nobody attends to."""
+    rng = np.random.default_rng(16)
+    scales = np.full((640, 4), 2.0**-13)
+    scales[7] = 2.0**6
+    rows = random_rows(rng, 640, scales=scales)
+    q = np.asarray(random_queries(rng, 2, 8)).astype(np.float32) * 2.0**6
+    q -= 2.0**-3 * oracle.fp8_rows(rows[7]).astype(np.float32) / 2.0**6
+    indices = np.tile(np.arange(640, dtype=np.int32), (2, 1))
+    check(jnp.asarray(q, jnp.bfloat16), rows.reshape(10, 64, ROW), indices)
 
 
 @pytest.mark.gpu

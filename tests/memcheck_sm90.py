@@ -1,0 +1,51 @@
+"""Small calls of every kernel, for a sanitizer; not a test that pytest collects.
+
+    compute-sanitizer --tool memcheck python3 -m tests.memcheck_sm90
+
+Every head tile, ragged head counts, splits, both warpgroup counts, indices outside of the cache.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import SparseAttentionConfig, cache_write_sm90, sparse_attention_sm90
+
+# heads, (head_tile, num_splits, num_warpgroups, num_stages), topk
+SHAPES = (
+    (8, (8, 1, 2, 2), 300),
+    (5, (8, 3, 1, 2), 300),
+    (16, (16, 2, 2, 2), 300),
+    (12, (16, 1, 1, 3), 70),
+    (24, (24, 1, 2, 2), 130),
+    (32, (32, 2, 2, 1), 130),
+    (40, (32, 2, 1, 3), 130),
+)
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    cache = jnp.asarray(rng.integers(0, 60, (10, 61, 656)).astype(np.uint8))
+    for heads, config, topk in SHAPES:
+        indices = jnp.asarray(rng.integers(-3, 620, (3, topk)), jnp.int32)
+        out, lse = sparse_attention_sm90(
+            jnp.asarray(rng.normal(size=(3, heads, 576)), jnp.bfloat16),
+            cache,
+            indices,
+            sm_scale=0.1,
+            attn_sink=jnp.ones(heads),
+            topk_lens=jnp.array([topk, 0, 5], jnp.int32),
+            config=SparseAttentionConfig(*config),
+        )
+        jax.block_until_ready((out, lse))
+        print(f"{heads} heads, {config}: done", flush=True)
+    slots = jnp.array([0, -1, 609, 610, 5, 2**31 - 1, -7], jnp.int32)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        kv_c = jnp.asarray(rng.normal(size=(7, 512)), dtype)
+        k_pe = jnp.asarray(rng.normal(size=(7, 64)), dtype)
+        jax.block_until_ready(cache_write_sm90(cache, kv_c, k_pe, slots))
+        print(f"cache_write, {dtype.__name__}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
