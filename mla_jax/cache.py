@@ -31,10 +31,8 @@ from mla_jax.dispatch import Implementation, dispatch
 from pallas_kernels import layout
 
 KVCacheFormat = Literal["fp8_ds_mla", "bfloat16", "float32"]
-ScaleFormat = Literal["power_of_two", "exact"]
 
 _FORMAT_DTYPES = {"fp8_ds_mla": jnp.uint8, "bfloat16": jnp.bfloat16, "float32": jnp.float32}
-_SCALE_FORMATS = ("power_of_two", "exact")
 
 # 2**-13 is FlashMLA's floor: ceil(log2(1e-4)).
 _MIN_SCALE_EXPONENT = -13
@@ -64,7 +62,7 @@ def quantize(
     kv_c: Float[Array, "*tokens kv_lora_rank"],
     k_pe: Float[Array, "*tokens qk_rope_head_dim"],
     *,
-    scale_format: ScaleFormat = "power_of_two",
+    scale_format: layout.ScaleFormat = "power_of_two",
 ) -> UInt8[Array, "*tokens row_bytes"]:
     """Packs latents into `fp8_ds_mla` rows.
 
@@ -84,7 +82,7 @@ def quantize(
       ValueError: if `kv_lora_rank` is no multiple of 128, the latents are not floats, or
         `scale_format` is unknown.
     """
-    _check_scale_format(scale_format)
+    layout.check_scale_format(scale_format)
     for name, x in (("kv_c", kv_c), ("k_pe", k_pe)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}.dtype={x.dtype} must be a float dtype")
@@ -141,11 +139,6 @@ def _from_bytes(data: UInt8[Array, "..."], dtype: jax.typing.DTypeLike) -> Array
     )
 
 
-def _check_scale_format(scale_format: str) -> None:
-    if scale_format not in _SCALE_FORMATS:
-        raise ValueError(f"{scale_format=} must be one of {_SCALE_FORMATS}")
-
-
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["data"],
@@ -175,7 +168,7 @@ class LatentCache:
     data: Array
     kv_lora_rank: int = layout.KV_LORA_RANK
     qk_rope_head_dim: int = layout.QK_ROPE_HEAD_DIM
-    scale_format: ScaleFormat = "power_of_two"
+    scale_format: layout.ScaleFormat = "power_of_two"
 
     @classmethod
     def init(
@@ -186,7 +179,7 @@ class LatentCache:
         format: KVCacheFormat = "fp8_ds_mla",
         kv_lora_rank: int = layout.KV_LORA_RANK,
         qk_rope_head_dim: int = layout.QK_ROPE_HEAD_DIM,
-        scale_format: ScaleFormat = "power_of_two",
+        scale_format: layout.ScaleFormat = "power_of_two",
         sharding: jax.sharding.Sharding | None = None,
     ) -> Self:
         """An empty cache of `num_pages` pages of `page_size` tokens.
@@ -203,7 +196,7 @@ class LatentCache:
         Raises:
           ValueError: for sizes that are not positive or an unknown format.
         """
-        _check_scale_format(scale_format)
+        layout.check_scale_format(scale_format)
         if format not in _FORMAT_DTYPES:
             raise ValueError(f"{format=} must be one of {tuple(_FORMAT_DTYPES)}")
         if num_pages < 1 or page_size < 1 or kv_lora_rank < 1 or qk_rope_head_dim < 0:

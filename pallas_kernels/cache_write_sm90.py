@@ -11,12 +11,12 @@ eight stores their scale. A tile's maximum takes three shuffles, and all loads o
 flight at once.
 
 Memory binds: a bfloat16 token reads 1,156 bytes and writes 656. At the 3.03 TB/s of a plain copy on
-an H100 (read plus written) that is 0.6 ns a token, 4.9 us for 8,192; at 128 tokens the launch itself
-is the time.
+an H100 (read plus written) that is 0.6 ns a token, 4.9 us for 8,192; at 128 tokens the launch is
+the time.
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
 from pallas_kernels.hopper import Reg
-
-ScaleFormat = Literal["power_of_two", "exact"]
 
 _WARPS = 4
 _LANE_DIMS = layout.KV_LORA_RANK // hw.WARP
@@ -48,7 +46,7 @@ def cache_write_sm90(
     k_pe: jax.Array,
     slots: jax.Array,
     *,
-    scale_format: ScaleFormat = "power_of_two",
+    scale_format: layout.ScaleFormat = "power_of_two",
 ) -> jax.Array:
     """Writes one quantized row per token: `kv_cache[slots[i]] = quantize(kv_c[i], k_pe[i])`.
 
@@ -89,7 +87,7 @@ def _write(
     kv_c: jax.Array,
     k_pe: jax.Array,
     slots: jax.Array,
-    scale_format: ScaleFormat,
+    scale_format: layout.ScaleFormat,
 ) -> jax.Array:
     num_pages, page_size, _ = kv_cache.shape
     tokens = slots.shape[0]
@@ -148,7 +146,7 @@ def _load_floats(ref: Any, dtype: Any, token: Reg, lane: Reg, count: int) -> lis
     return [x for word in words for x in hw.bf16x2_to_f32(word)]
 
 
-def _quantize(values: list[Reg], scale_format: ScaleFormat) -> tuple[Reg, list[Reg]]:
+def _quantize(values: list[Reg], scale_format: layout.ScaleFormat) -> tuple[Reg, list[Reg]]:
     """The float32 scale of this lane's tile, and this lane's values as packed e4m3."""
     # As integers, magnitudes order like floats.
     largest = functools.reduce(hw.maximum_u32, [hw.as_u32(x) & 0x7FFFFFFF for x in values])
@@ -175,10 +173,9 @@ def _validate(
     kv_c: jax.Array,
     k_pe: jax.Array,
     slots: jax.Array,
-    scale_format: ScaleFormat,
+    scale_format: layout.ScaleFormat,
 ) -> None:
-    if scale_format not in ("power_of_two", "exact"):
-        raise ValueError(f'{scale_format=} must be "power_of_two" or "exact"')
+    layout.check_scale_format(scale_format)
     if slots.ndim != 1 or slots.dtype != jnp.int32:
         raise ValueError(f"{slots.shape=}, {slots.dtype=} must be int32 [tokens]")
     if kv_c.ndim != 2 or k_pe.ndim != 2 or {kv_c.shape[0], k_pe.shape[0]} != {slots.shape[0]}:

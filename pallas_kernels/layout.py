@@ -12,6 +12,11 @@ dequantized = e4m3 value x scale. In general, with `r = kv_lora_rank` (a multipl
 `d = qk_rope_head_dim`, a row is `r + 4 r / 128 + 2 d` bytes.
 """
 
+from typing import Literal, get_args
+
+ScaleFormat = Literal["power_of_two", "exact"]
+"""How a writer chooses the scale of a tile: amax / 448 rounded up to a power of two, or itself."""
+
 KV_LORA_RANK = 512
 """Latent ("NoPE") dims of a row; also the value dims, since V is the latent itself."""
 
@@ -29,6 +34,12 @@ FP8_MAX = 448.0
 
 HEAD_TILES = (64, 128)
 """Query-head counts that FlashMLA's Hopper kernels are written for, and that padding aims at."""
+
+
+def check_scale_format(scale_format: str) -> None:
+    """Raises ValueError for anything but a `ScaleFormat`."""
+    if scale_format not in get_args(ScaleFormat):
+        raise ValueError(f"{scale_format=} must be one of {get_args(ScaleFormat)}")
 
 
 def num_scale_tiles(kv_lora_rank: int) -> int:
