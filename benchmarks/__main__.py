@@ -1,25 +1,32 @@
 """Times every kernel on the GPU, prints a table, writes the JSON and the plot that README shows.
 
     python3 -m benchmarks                 # all rows -> results/h100.json and results/h100.png
-    python3 -m benchmarks --only sparse   # rows of one kind
+    python3 -m benchmarks --only sparse   # rows of one kind, into the file that is there
     python3 -m benchmarks --plot-only     # the plot again, from the JSON; needs no GPU
+
+The plot needs matplotlib. The JSON is replaced when all rows are measured; until then, and after a
+run that was cut off, they are in `<output>.partial`.
 
 A row's time is the span on the GPU's timeline from the start of the op's first kernel to the end of
 its last one (the merge of split keys included), the median over calls of an unrolled chain inside
-one jit, each with an index set of its own. `e2e` is the chain's span per call, launch gaps
-included. `TB/s` counts useful bytes; where a call reads its rows more than once (2,048 tokens over
-a pool of 8,192) the L2 cache delivers more than the memory could. Every attention row is checked
-against float32 attention before it is timed.
+one jit. Each call has an index set of its own, and a chain reads more than 110 MB of rows, twice
+the L2 cache. `e2e` is the chain's span per call, launch gaps included; ratios are of it. `TB/s`
+counts useful bytes; 2,048 tokens over a pool of 8,192 read every row many times, from L2, so their
+share of the memory's bandwidth is not shown. Sparse rows are checked against float32 attention (out
+and lse), cache writes against XLA's (every byte), before they are timed.
 """
 
 import argparse
+import collections
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import json
+import os
 import pathlib
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,9 +35,9 @@ import numpy as np
 from jax import lax
 
 from benchmarks import plot
-from benchmarks.timing import time_chain
+from benchmarks.timing import Timing, time_chain
 from mla_jax import mla_sparse_attention
-from mla_jax.cache import quantize
+from mla_jax.cache import LatentCache, quantize
 from mla_jax.heads import padded_num_heads
 from pallas_kernels import cache_write_sm90, layout, sparse_attention_sm90
 from pallas_kernels.sparse_decode_sm90 import default_config
@@ -52,6 +59,9 @@ SPARSE_BATCHES = {
 XLA_BATCHES = {8: (1, 8, 32, 64, 128), 16: (1, 8, 32, 64, 128), 64: (128,)}
 PREFILL_TOKENS, PREFILL_POOL_TOKENS = 2048, 8192
 CACHE_WRITE_TOKENS = (1, 128, 1024, 8192)
+PADDING_TOKENS = (1, 8, 32, 64, 128)
+KINDS = ("sparse", "cache_write", "padding")
+CHAIN_BYTES = 110_000_000  # of cache rows; an H100's L2 cache holds 50 MB
 
 Row = dict[str, Any]
 
@@ -79,8 +89,13 @@ def make_queries(tokens: int, heads: int) -> jax.Array:
 
 
 def make_indices(seed: int, tokens: int, pool_tokens: int) -> jax.Array:
-    key = jax.random.key(100 + seed)
-    return jax.random.randint(key, (tokens, TOPK), 0, pool_tokens, jnp.int32)
+    rng = np.random.default_rng(100 + seed)
+    return jnp.asarray(rng.integers(0, pool_tokens, (tokens, TOPK), np.int32))
+
+
+def num_index_sets(tokens: int) -> int:
+    """As many as make the rows of a chain exceed `CHAIN_BYTES`; two at least."""
+    return max(2, CHAIN_BYTES // (tokens * TOPK * layout.FP8_ROW_BYTES) + 1)
 
 
 # -------------------------------------------------------------------------------------- ceilings
@@ -100,37 +115,62 @@ def measure_ceilings() -> dict[str, float]:
 # ------------------------------------------------------------------------------------------ rows
 
 
-def check(q: jax.Array, cache: jax.Array, indices: jax.Array) -> None:
-    """Raises unless the kernel agrees with float32 attention on a few tokens of this row."""
-    tokens = np.linspace(0, len(q) - 1, 4).astype(int)
-    out, _ = jax.jit(functools.partial(sparse_attention_sm90, sm_scale=SM_SCALE))(q, cache, indices)
-    expected = _float32_attention(cache, q[tokens].astype(jnp.float32), indices[tokens])
-    error = jnp.linalg.norm(out[tokens].astype(jnp.float32) - expected)
-    error = float(error / jnp.linalg.norm(expected))
-    if not error < 4e-3:
-        raise RuntimeError(f"{error=:.1e} at {q.shape=}: the kernel is wrong, not timed")
+def times(timing: Timing) -> Row:
+    return {
+        "us": timing.us,
+        "best_us": timing.best_us,
+        "end_to_end_us": timing.end_to_end_us,
+        "spans": timing.spans,
+    }
 
 
-def xla_attention(cache: jax.Array, q: jax.Array, indices: jax.Array) -> jax.Array:
-    out, _ = mla_sparse_attention(
+def xla_attention(
+    cache: jax.Array, q: jax.Array, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    out, lse = mla_sparse_attention(
         q, cache, indices, sm_scale=SM_SCALE, return_lse=True, implementation="xla"
     )
-    return out
+    return out, lse
+
+
+def kernel_attention(
+    cache: jax.Array, q: jax.Array, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return sparse_attention_sm90(q, cache, indices, sm_scale=SM_SCALE)
 
 
 _float32_attention = jax.jit(xla_attention)
 
 
+def check_sparse(
+    cache: jax.Array,
+    q: jax.Array,
+    fresh: Sequence[tuple[jax.Array]],
+    results: Sequence[tuple[jax.Array, jax.Array]],
+) -> None:
+    """Raises unless the chain's first and last call agree with float32 on a few tokens."""
+    tokens = np.linspace(0, len(q) - 1, 4).astype(int)
+    for (indices,), (out, lse) in ((fresh[0], results[0]), (fresh[-1], results[-1])):
+        expected, expected_lse = (
+            np.asarray(x, np.float32)
+            for x in _float32_attention(cache, q[tokens].astype(jnp.float32), indices[tokens])
+        )
+        actual = np.asarray(out[tokens], np.float32)
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+        lse_error = np.max(np.abs(np.asarray(lse[tokens]) - expected_lse))
+        if not (error < 4e-3 and lse_error < 2e-3):
+            raise RuntimeError(
+                f"{error=:.1e}, {lse_error=:.1e} at {q.shape=}: the kernel is wrong, not timed"
+            )
+
+
 def sparse_row(heads: int, tokens: int, pool_tokens: int, *, with_xla: bool) -> Row:
     cache, q = make_cache(pool_tokens), make_queries(tokens, heads)
-    calls = max(2, min(10, 640 // tokens))
+    index_sets = num_index_sets(tokens)
+    calls = max(index_sets, min(10, 640 // tokens))
     fresh = [(make_indices(i, tokens, pool_tokens),) for i in range(calls)]
-    check(q, cache, *fresh[0])
-
-    def attend(cache: jax.Array, q: jax.Array, indices: jax.Array) -> jax.Array:
-        return sparse_attention_sm90(q, cache, indices, sm_scale=SM_SCALE)[0]
-
-    timing = time_chain(attend, (cache, q), fresh)
+    verify = functools.partial(check_sparse, cache, q, fresh)
+    timing = time_chain(kernel_attention, (cache, q), fresh, verify=verify)
     keys = tokens * TOPK
     num_bytes = keys * (layout.FP8_ROW_BYTES + 4) + 2 * tokens * heads * (576 + 512)
     config = default_config(tokens, heads, TOPK)
@@ -141,9 +181,8 @@ def sparse_row(heads: int, tokens: int, pool_tokens: int, *, with_xla: bool) -> 
         "topk": TOPK,
         "q_len": 1,
         "pool_tokens": pool_tokens,
-        "us": timing.us,
-        "best_us": timing.best_us,
-        "end_to_end_us": timing.end_to_end_us,
+        "index_sets": calls,
+        **times(timing),
         "kernels_us": [us for _, us in timing.kernels],
         "splits": config.num_splits,
         "warpgroups": config.num_warpgroups,
@@ -151,12 +190,16 @@ def sparse_row(heads: int, tokens: int, pool_tokens: int, *, with_xla: bool) -> 
         "flops": 2 * keys * heads * (576 + 512),
     }
     if with_xla:
-        row["xla_us"] = time_chain(xla_attention, (cache, q), fresh[:2]).us
+        xla = time_chain(xla_attention, (cache, q), fresh[:index_sets])
+        row["xla_us"] = xla.end_to_end_us
     return row | recorded_flashmla(heads, tokens, pool_tokens)
 
 
 def recorded_flashmla(heads: int, tokens: int, pool_tokens: int) -> Row:
-    """FlashMLA's recorded time at the padded head count, with the pad and slice for 8 heads."""
+    """FlashMLA's recorded time at the padded head count, with a pad and slice where it pads.
+
+    Pad and slice were recorded for 8 heads only; with 16 to 32 a little more is copied.
+    """
     peers = json.loads((HERE / "peers.json").read_text())
     padded = padded_num_heads(heads)
     if pool_tokens == PREFILL_POOL_TOKENS:
@@ -166,32 +209,55 @@ def recorded_flashmla(heads: int, tokens: int, pool_tokens: int) -> Row:
     found = [x for x in table if x["h"] == padded and x[size] == tokens and "note" not in x]
     if not found:
         return {}
-    us = found[0]["us"]
-    return {"flashmla_us": us if heads == padded else found[0].get("us_with_pad_from_8", us)}
+    if heads == padded:
+        return {"flashmla_us": found[0]["us"]}
+    row = {"flashmla_us": found[0]["us_with_pad_from_8"]}
+    if heads != 8:
+        row["flashmla_note"] = "with the pad from 8 heads"
+    return row
 
 
-def padding_row(heads: int, tokens: int) -> Row:
+def pad_and_slice(q: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """q with as many heads as out, out with as many as q; one after the other."""
+    heads, padded = q.shape[1], out.shape[1]
+    padded_q = jnp.pad(q, ((0, 0), (0, padded - heads), (0, 0)))
+    # The barrier keeps XLA from fusing the two: a kernel would run between them.
+    padded_q, out = lax.optimization_barrier((padded_q, out))
+    return padded_q, out[:, :heads]
+
+
+def padding_row(heads: int, padded: int, tokens: int) -> Row:
     """What padding q and slicing the output would add, were the kernel not native."""
-    padded = padded_num_heads(heads)
     q = make_queries(tokens, heads)
-    fresh = [(jnp.full((tokens, padded, 512), i, jnp.bfloat16),) for i in range(4)]
-
-    def pad_and_slice(q: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # The barrier keeps XLA from fusing the two: a kernel would run between them.
-        q = lax.optimization_barrier(jnp.pad(q, ((0, 0), (0, padded - heads), (0, 0))))
-        return q, out[:, :heads]
-
-    timing = time_chain(pad_and_slice, (q,), fresh)
+    # Arrays of its own for each call: of one pad of the same q, XLA would make copies.
+    fresh = [(q + i, jnp.full((tokens, padded, 512), i, jnp.bfloat16)) for i in range(8)]
+    timing = time_chain(pad_and_slice, (), fresh)
     return {
         "op": "padding",
         "heads": heads,
         "padded_to": padded,
         "batch": tokens,
-        "us": timing.us,
-        "best_us": timing.best_us,
-        "end_to_end_us": timing.end_to_end_us,
+        **times(timing),
         "bytes": 2 * tokens * (576 * (heads + padded) + 512 * 2 * heads),
     }
+
+
+@jax.jit
+def xla_write(cache: jax.Array, kv_c: jax.Array, k_pe: jax.Array, slots: jax.Array) -> jax.Array:
+    return LatentCache(cache).write(kv_c, k_pe, slots, implementation="xla").data
+
+
+def check_cache_write(
+    cache: jax.Array, fresh: Sequence[tuple[jax.Array, ...]], written: jax.Array
+) -> None:
+    """Raises unless every byte of the cache is what XLA's writes, one after the other, give."""
+    expected = cache
+    for arguments in fresh:
+        expected = xla_write(expected, *arguments)
+    wrong = int(jnp.count_nonzero(written != expected))
+    if wrong or not jnp.any(written != cache):
+        tokens = len(fresh[0][-1])
+        raise RuntimeError(f"{wrong=} bytes at {tokens=}: the kernel is wrong, not timed")
 
 
 def cache_write_row(tokens: int) -> Row:
@@ -205,14 +271,14 @@ def cache_write_row(tokens: int) -> Row:
         )
         for key in keys
     ]
-    timing = time_chain(cache_write_sm90, (), fresh, carry=cache + jnp.uint8(0))
+    verify = functools.partial(check_cache_write, cache, fresh)
+    carry = cache + jnp.uint8(0)  # a copy to donate
+    timing = time_chain(cache_write_sm90, (), fresh, carry=carry, verify=verify)
     return {
         "op": "cache_write",
         "batch": tokens,
         "pool_tokens": POOL_TOKENS,
-        "us": timing.us,
-        "best_us": timing.best_us,
-        "end_to_end_us": timing.end_to_end_us,
+        **times(timing),
         "bytes": tokens * (2 * 576 + 4 + layout.FP8_ROW_BYTES),
     }
 
@@ -231,8 +297,9 @@ def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
         yield "sparse", sparse(heads, PREFILL_TOKENS, PREFILL_POOL_TOKENS, heads == 8)
     for tokens in CACHE_WRITE_TOKENS:
         yield "cache_write", functools.partial(cache_write_row, tokens)
-    for tokens in (1, 8, 32, 64, 128):
-        yield "padding", functools.partial(padding_row, 8, tokens)
+    for padded in layout.HEAD_TILES:
+        for tokens in PADDING_TOKENS:
+            yield "padding", functools.partial(padding_row, 8, padded, tokens)
     for heads in (24, 32, 64, 128):
         yield from decode(heads)
 
@@ -243,13 +310,15 @@ def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
 def complete(row: Row, ceilings: dict[str, float]) -> Row:
     """Adds rates and ratios."""
     row["TBps"] = row["bytes"] / row["us"] / 1e6
-    ceiling = ceilings["read_TBps" if row["op"] == "sparse" else "copy_TBps"]
-    row["percent_of_bandwidth"] = 100 * row["TBps"] / ceiling
+    if row.get("pool_tokens") != PREFILL_POOL_TOKENS:  # such a pool's rows come from L2
+        ceiling = ceilings["read_TBps" if row["op"] == "sparse" else "copy_TBps"]
+        row["percent_of_bandwidth"] = 100 * row["TBps"] / ceiling
     if "flops" in row:
         row["TFLOPps"] = row["flops"] / row["us"] / 1e6
+    ours = row.get("end_to_end_us", row["us"])  # with launch gaps, as the peers' times are
     for peer in ("xla", "flashmla"):
         if f"{peer}_us" in row:
-            row[f"{peer}_ratio"] = row[f"{peer}_us"] / row["us"]
+            row[f"{peer}_ratio"] = row[f"{peer}_us"] / ours
     return {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -277,6 +346,10 @@ def format_row(row: Row | None) -> str:
             cells.append(title.rjust(width))
         else:
             cells.append((form.format(row[key]) if key in row else "-").rjust(width))
+    if row is not None and "padded_to" in row:
+        cells.append(f"padded to {row['padded_to']}")
+    if row is not None and not row.get("spans", True):
+        cells.append("us: of the chain")
     return "  ".join(cells)
 
 
@@ -290,9 +363,60 @@ def current_commit() -> str:
     return result.stdout.strip()
 
 
+def merge(previous: Row, rows: list[Row], kind: str) -> list[Row]:
+    """`rows` of one kind in the place of those that `previous` has of it.
+
+    Rows that stay keep the commit and the date of their own run.
+    """
+    run = {key: previous[key] for key in ("commit", "date") if key in previous}
+    kept = [run | row for row in previous["rows"] if row["op"] != kind]
+    return sorted(kept + rows, key=lambda row: KINDS.index(row["op"]))
+
+
+def is_complete(rows: list[Row]) -> bool:
+    planned = collections.Counter(kind for kind, _ in all_rows())
+    return collections.Counter(row["op"] for row in rows) == planned
+
+
+def measure_rows(
+    planned: Iterable[tuple[str, Callable[[], Row]]],
+    header: Row,
+    ceilings: dict[str, float],
+    output: pathlib.Path,
+    only: str | None = None,
+) -> Row:
+    """Measures, prints and writes; `output` is replaced at the end, in one step.
+
+    With `only`, rows of other kinds that `output` has stay in it.
+    """
+    previous = None
+    if only and output.exists():
+        previous = json.loads(output.read_text())
+        if previous["device"] != header["device"]:
+            raise SystemExit(f"{output} is of {previous['device']}, not of {header['device']}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    report, measured = header | {"complete": False, "rows": []}, []
+
+    def write() -> None:
+        partial.write_text(json.dumps(report, indent=1) + "\n")
+
+    print(format_row(None), flush=True)
+    for kind, measure in planned:
+        if only in (None, kind):
+            measured.append(complete(measure(), ceilings))
+            print(format_row(measured[-1]), flush=True)
+            report["rows"] = merge(previous, measured, only) if previous and only else measured
+            write()
+    report["complete"] = is_complete(report["rows"])
+    write()
+    os.replace(partial, output)
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=("sparse", "cache_write", "padding"))
+    parser.add_argument("--only", choices=KINDS)
     parser.add_argument("--output", type=pathlib.Path, default=HERE / "results" / "h100.json")
     parser.add_argument("--commit", default=None, help="recorded in the JSON; default: git's HEAD")
     parser.add_argument("--plot-only", action="store_true")
@@ -306,23 +430,20 @@ def main() -> None:
         raise SystemExit(f"needs a Hopper GPU, found {device.platform}; --plot-only does not")
     ceilings = measure_ceilings()
     print(f"{device.device_kind}: {ceilings}", flush=True)
-    report = {
+    header = {
         "device": device.device_kind,
         "date": datetime.date.today().isoformat(),
         "commit": options.commit or current_commit(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "ceilings": {name: round(value, 3) for name, value in ceilings.items()},
-        "rows": [],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    print(format_row(None), flush=True)
-    for kind, measure in all_rows():
-        if options.only in (None, kind):
-            row = complete(measure(), ceilings)
-            print(format_row(row), flush=True)
-            report["rows"].append(row)
-            # After every row: a run that is cut off keeps what it has measured.
-            options.output.write_text(json.dumps(report, indent=1) + "\n")
+    report = measure_rows(all_rows(), header, ceilings, options.output, options.only)
+    if not any(row["op"] == "sparse" for row in report["rows"]):
+        return
+    if importlib.util.find_spec("matplotlib"):
+        print(plot.draw(options.output))
+    else:
+        print("no matplotlib, no plot: python3 -m benchmarks --plot-only where it is installed")
 
 
 if __name__ == "__main__":

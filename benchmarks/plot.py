@@ -25,10 +25,10 @@ def draw(results: pathlib.Path) -> pathlib.Path:
         for key, label, style in (
             ("xla_us", "XLA, same run", "s--"),
             ("flashmla_us", "FlashMLA, heads padded to 64 (recorded)", "o--"),
-            ("us", "mla_jax", "o-"),
+            ("end_to_end_us", "mla_jax", "o-"),
         ):
             points = [(row["batch"], row[key]) for row in rows if key in row]
-            axis.plot(*zip(*points, strict=True), style, label=label)
+            axis.plot([x for x, _ in points], [y for _, y in points], style, label=label)
         floor = [row["bytes"] / report["ceilings"]["read_TBps"] / 1e6 for row in rows]
         axis.plot(
             [row["batch"] for row in rows], floor, ":", color="gray", label="bytes / read bandwidth"

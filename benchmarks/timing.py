@@ -3,12 +3,14 @@
 import collections
 import dataclasses
 import glob
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.profiler import ProfileData
 
 
@@ -17,17 +19,19 @@ class Timing:
     """Microseconds of one call, on the GPU's own clock.
 
     Attributes:
-      us: median span from the start of the call's first kernel to the end of its last one; where
-        XLA did not compile every call to the same kernels, `end_to_end_us`.
+      us: median span from the start of the call's first kernel to the end of its last one.
       best_us: the shortest span.
       end_to_end_us: the whole chain's span divided by its calls, launch gaps included.
       kernels: name and median microseconds of each of the call's kernels, in order.
+      spans: False where XLA did not compile every call to the same kernels, so that calls cannot be
+        told apart: `us` and `best_us` are `end_to_end_us` then.
     """
 
     us: float
     best_us: float
     end_to_end_us: float
     kernels: tuple[tuple[str, float], ...]
+    spans: bool
 
 
 def time_chain(
@@ -36,41 +40,60 @@ def time_chain(
     fresh: Sequence[Sequence[Any]],
     *,
     carry: Any = None,
+    verify: Callable[[Any], None] | None = None,
     repeats: int = 3,
 ) -> Timing:
     """Times `function(*shared, *fresh[i])` for every i, as an unrolled chain inside one jit.
 
-    Each call gets its own `fresh` arguments (another set of indices), so that one call's rows are
-    not in the L2 cache because the call before has read them.
+    Each call gets its own `fresh` arguments (another set of indices). A row of the cache is not in
+    L2 because an earlier call has read it where the calls of a chain read more than L2 holds.
 
     With `carry`, `carry = function(carry, *shared, *fresh[i])` instead, and the carry is donated.
+
+    `verify`, called before anything is timed, gets the list of results of the chain's first run, or
+    its carry, and raises where they are wrong.
     """
-    one = jax.jit(function)  # traced once, whatever the number of calls
     threads = carry is not None
-
-    def chain(carry: Any, shared: Any, fresh: Any) -> Any:
-        results = []
-        for arguments in fresh:
-            if threads:
-                carry = one(carry, *shared, *arguments)
-            else:
-                results.append(one(*shared, *arguments))
-        return carry, results
-
+    chain = make_chain(function, threads=threads)
     compiled = jax.jit(chain, donate_argnums=0).lower(carry, shared, fresh).compile()
 
-    def run(times: int) -> None:
+    def run(times: int) -> Any:
         nonlocal carry
+        results = None
         for _ in range(times):
-            carry, _ = jax.block_until_ready(compiled(carry, shared, fresh))
+            carry, results = jax.block_until_ready(compiled(carry, shared, fresh))
+        return carry if threads else results
 
-    run(2)
+    first = run(1)
+    if verify is not None:
+        verify(first)
+    del first
+    run(1)
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             run(repeats)
         (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
         events = _gpu_events(path)
     return _timing(events, len(fresh), repeats)
+
+
+def make_chain(function: Callable[..., Any], *, threads: bool) -> Callable[..., Any]:
+    """`(carry, shared, fresh) -> (carry, results)`: one call after the other, never merged."""
+    one = jax.jit(function)  # traced once, whatever the number of calls
+
+    def chain(carry: Any, shared: Any, fresh: Any) -> Any:
+        results = []
+        for arguments in fresh:
+            if threads:
+                carry = one(carry, *shared, *arguments)
+                continue
+            if results:
+                # A call starts when the one before is done: XLA could fuse independent ones.
+                arguments, results[-1] = lax.optimization_barrier((arguments, results[-1]))
+            results.append(one(*shared, *arguments))
+        return carry, results
+
+    return chain
 
 
 _Event = tuple[float, float, str]
@@ -105,13 +128,14 @@ def _timing(events: list[_Event], calls: int, repeats: int) -> Timing:
     chains = [events[i : i + per_repeat] for i in range(0, len(events), per_repeat)]
     end_to_end_us = float(np.median([_span_us(chain) for chain in chains])) / calls
     per_call, uneven = divmod(per_repeat, calls)
-    names = [name for _, _, name in events]
+    # Equal kernels may be numbered: wrapped_pad, wrapped_pad_1.
+    names = [re.sub(r"[_.]\d+$", "", name) for _, _, name in events]
     if uneven or names[: len(names) - per_call] != names[per_call:]:
-        return Timing(end_to_end_us, end_to_end_us, end_to_end_us, ())
+        return Timing(end_to_end_us, end_to_end_us, end_to_end_us, (), spans=False)
     by_call = [events[i : i + per_call] for i in range(0, len(events), per_call)]
     spans = [_span_us(call) for call in by_call]
     kernels = tuple(
         (by_call[0][i][2], float(np.median([_span_us([call[i]]) for call in by_call])))
         for i in range(per_call)
     )
-    return Timing(float(np.median(spans)), float(np.min(spans)), end_to_end_us, kernels)
+    return Timing(float(np.median(spans)), float(np.min(spans)), end_to_end_us, kernels, spans=True)
