@@ -6,10 +6,16 @@ Three programs at most are compiled per batch shape, ahead of time, so that noth
     start     first tokens from the prefill's logits
     decode    `decode_chunk_size` steps in one `lax.scan`
 
+A batch shape is the number of sequences and three sizes in powers of two: pages of the longest
+sequence, pages of all sequences, and prompt tokens of all sequences, up to `prefill_chunk_size`.
+Prompt lengths that round up to the same powers share their programs; in return the page pool and
+table may be up to twice as large as the batch needs.
+
 The caches and the loop's state are donated from call to call and written in place. The host is
 asked for tokens once per decode chunk, while the device already works on the next one.
 """
 
+import collections
 import dataclasses
 import functools
 import time
@@ -27,6 +33,11 @@ from tqdm.auto import tqdm
 from mla_jax.cache import KVCacheFormat, allocate_pages
 from mla_jax.models import CausalLM
 from mla_jax.models.causal_lm import LayerCache
+
+# Token ids of each sequence.
+Prompts = Sequence[Sequence[int]] | Int[np.ndarray, "batch len"]
+
+_MAX_PROGRAMS = 16  # That a Generator keeps; those that were used last.
 
 
 @functools.partial(
@@ -100,6 +111,35 @@ def decode_step(
     return state, jnp.where(active, tokens, -1)
 
 
+def decode_chunk(
+    model: CausalLM, state: DecodeState, *, num_steps: int, eos_token_ids: tuple[int, ...] = ()
+) -> tuple[DecodeState, Int[Array, "batch num_steps"]]:
+    """`num_steps` times `decode_step`."""
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
+        return decode_step(model, state, eos_token_ids)
+
+    state, tokens = lax.scan(step, state, length=num_steps)
+    return state, tokens.T
+
+
+def _start(
+    model: CausalLM,
+    caches: tuple[LayerCache, ...],
+    logits: Array,
+    page_indices: Array,
+    kv_lens: Array,
+    max_new_tokens: Array,
+    *,
+    eos_token_ids: tuple[int, ...],
+) -> DecodeState:
+    del model
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    remaining = jnp.full(tokens.shape, max_new_tokens, jnp.int32)
+    remaining = _count_down(remaining, tokens, eos_token_ids)
+    return DecodeState(caches, page_indices, kv_lens, tokens, remaining)
+
+
 def _count_down(remaining: Array, tokens: Array, eos_token_ids: tuple[int, ...]) -> Array:
     remaining = jnp.maximum(remaining - 1, 0)
     if eos_token_ids:
@@ -109,7 +149,11 @@ def _count_down(remaining: Array, tokens: Array, eos_token_ids: tuple[int, ...])
 
 
 class Generator:
-    """Compiled generation with one model; programs are compiled once per batch shape and kept.
+    """Compiled generation with one model; programs are compiled once per batch shape.
+
+    A batch shape is a number of sequences with their lengths rounded up (see the module); the 16
+    programs that were used last are kept. The sizes and `eos_token_ids` may be changed between
+    calls of `generate`: a run keeps those that it began with.
 
     Example::
 
@@ -123,7 +167,8 @@ class Generator:
       model: the model; under tensor parallelism it brings its mesh.
       kv_cache_format: "fp8_ds_mla", "bfloat16" or "float32".
       page_size: tokens per cache page.
-      prefill_chunk_size: prompt tokens per prefill call, over all sequences.
+      prefill_chunk_size: prompt tokens per prefill call, over all sequences. The last chunk is
+        padded; a batch of fewer tokens is padded to a power of two.
       decode_chunk_size: decode steps per call.
       eos_token_ids: tokens that end a sequence; None takes the config's.
 
@@ -155,11 +200,13 @@ class Generator:
         )
         self._graphdef, self._params = nnx.split(model)
         self._sharding = model.parallelism.replicated_sharding()
-        self._programs: dict[Any, jax.stages.Compiled] = {}
+        self._programs: collections.OrderedDict[Any, jax.stages.Compiled] = (
+            collections.OrderedDict()
+        )
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         max_new_tokens: int,
         *,
         progress: bool | None = False,
@@ -167,7 +214,7 @@ class Generator:
         """Prefills `prompts` and returns the run, which decodes while it is iterated over.
 
         Args:
-          prompts: token ids of each sequence; lengths may differ.
+          prompts: token ids of each sequence; lengths may differ. An array has them all equal.
           max_new_tokens: tokens to generate for each sequence, unless it ends before.
           progress: show a bar for the prefill; None shows one on a terminal.
 
@@ -183,14 +230,23 @@ class Generator:
         return jax.device_put(jnp.asarray(x), self._sharding)
 
     def program(
-        self, f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()
+        self, f: Callable[..., Any], *args: Any, donate: tuple[int, ...] = (), **static: Any
     ) -> jax.stages.Compiled:
-        """`f(model, *args)`, compiled for arguments like these; outputs are replicated."""
-        key = (f, jax.tree.structure(args), *map(jax.typeof, jax.tree.leaves(args)))
+        """`f(model, *args, **static)`, compiled for arguments like these; outputs are replicated.
+
+        The program takes `(params, *args)`. `static` must be hashable.
+        """
+        key = (
+            f,
+            donate,
+            tuple(sorted(static.items())),
+            jax.tree.structure(args),
+            *map(jax.typeof, jax.tree.leaves(args)),
+        )
         if key not in self._programs:
 
             def program(params: Any, *args: Any) -> Any:
-                return f(nnx.merge(self._graphdef, params), *args)
+                return f(nnx.merge(self._graphdef, params), *args, **static)
 
             jitted = jax.jit(
                 program,
@@ -198,35 +254,20 @@ class Generator:
                 out_shardings=self._sharding,
             )
             self._programs[key] = jitted.lower(self._params, *args).compile()
+            while len(self._programs) > _MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
         return self._programs[key]
 
     def decode_program(self, state: DecodeState) -> jax.stages.Compiled:
         """The compiled decode chunk for states like this: `(params, state) -> (state, tokens)`."""
-        return self.program(self._decode_chunk, state, donate=(0,))
-
-    def _decode_chunk(
-        self, model: CausalLM, state: DecodeState
-    ) -> tuple[DecodeState, Int[Array, "batch steps"]]:
-        def step(state: DecodeState, _: None) -> tuple[DecodeState, Array]:
-            return decode_step(model, state, self.eos_token_ids)
-
-        state, tokens = lax.scan(step, state, length=self.decode_chunk_size)
-        return state, tokens.T
-
-    def _start(
-        self,
-        model: CausalLM,
-        caches: tuple[LayerCache, ...],
-        logits: Array,
-        page_indices: Array,
-        kv_lens: Array,
-        max_new_tokens: Array,
-    ) -> DecodeState:
-        del model
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        remaining = jnp.full(tokens.shape, max_new_tokens, jnp.int32)
-        remaining = _count_down(remaining, tokens, self.eos_token_ids)
-        return DecodeState(caches, page_indices, kv_lens, tokens, remaining)
+        return self.program(
+            decode_chunk,
+            state,
+            donate=(0,),
+            num_steps=self.decode_chunk_size,
+            eos_token_ids=tuple(self.eos_token_ids),
+        )
 
 
 class Generation:
@@ -239,16 +280,20 @@ class Generation:
     Attributes:
       generated: all tokens so far, per sequence.
       prefill_logits: float32 `[batch, vocab_size]`, after each prompt's last token.
-      state: the decode state after the newest chunk.
+      state: the newest decode state. While the run is iterated over, it may be one chunk ahead of
+        `generated`: the device works on a chunk while the tokens of the one before are fetched.
       bytes_per_token: bytes of a token in the caches of all layers.
-      compile_seconds, prefill_seconds, decode_seconds: wall time so far, each without the others.
+      compile_seconds, prefill_seconds: wall time so far, each without the other.
+      decode_seconds: wall time from the first decode chunk's start to the newest one's arrival,
+        without compilation. What the consumer does between chunks counts, since the device works
+        meanwhile: the time of a slow consumer is the consumer's, never less than the device's.
       decoded_tokens: tokens from decode chunks so far.
     """
 
     def __init__(
         self,
         generator: Generator,
-        prompts: Sequence[Sequence[int]],
+        prompts: Prompts,
         max_new_tokens: int,
         progress: bool | None = False,
     ):
@@ -259,9 +304,12 @@ class Generation:
         self.decoded_tokens = 0
         self._generator = generator
         self._max_new_tokens = max_new_tokens
+        self._decode_chunk_size = generator.decode_chunk_size
+        self._eos_token_ids = tuple(generator.eos_token_ids)
         page_indices, num_pages = allocate_pages(
             [len(prompt) + max_new_tokens for prompt in prompts], generator.page_size
         )
+        page_indices, num_pages = _round_up_pages(page_indices, num_pages)
         caches = generator.model.init_caches(
             num_pages, generator.page_size, format=generator.kv_cache_format
         )
@@ -282,7 +330,9 @@ class Generation:
             caches, logits = self._prefill(prefill_step, *args, donate=(0, 1))
         lens = generator._put(np.array([len(prompt) for prompt in prompts], np.int32))
         args = (caches, logits, table, lens, generator._put(np.int32(max_new_tokens)))
-        self.state: DecodeState = self._prefill(generator._start, *args, donate=(0,))
+        self.state: DecodeState = self._prefill(
+            _start, *args, donate=(0,), eos_token_ids=self._eos_token_ids
+        )
         self.prefill_logits = logits
 
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -292,8 +342,14 @@ class Generation:
         yield self._collect(np.asarray(self.state.last_tokens)[:, None])
         if not self._unfinished():
             return
-        decode = self._timed_compile(generator._decode_chunk, self.state, donate=(0,))
-        num_chunks = -(-(self._max_new_tokens - 1) // generator.decode_chunk_size)
+        decode = self._timed_compile(
+            decode_chunk,
+            self.state,
+            donate=(0,),
+            num_steps=self._decode_chunk_size,
+            eos_token_ids=self._eos_token_ids,
+        )
+        num_chunks = -(-(self._max_new_tokens - 1) // self._decode_chunk_size)
         started = time.perf_counter()
         running: Array | None = None
         for chunk in range(num_chunks + 1):
@@ -304,11 +360,10 @@ class Generation:
                 continue
             new_tokens = self._collect(np.asarray(finished))
             self.decoded_tokens += sum(map(len, new_tokens))
-            self.decode_seconds += time.perf_counter() - started
+            self.decode_seconds = time.perf_counter() - started
             yield new_tokens
             if not self._unfinished():
                 return
-            started = time.perf_counter()
 
     def run(self) -> list[list[int]]:
         """Decodes to the end and returns all tokens."""
@@ -318,7 +373,10 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoded tokens of all sequences per second of decoding; 0 before the first chunk."""
+        """`decoded_tokens / decode_seconds`, all sequences together; 0 before the first chunk.
+
+        The device's rate if the consumer keeps up with it (as `run` does), else the consumer's.
+        """
         return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     def _collect(self, tokens: np.ndarray) -> list[list[int]]:
@@ -329,20 +387,22 @@ class Generation:
 
     def _unfinished(self) -> bool:
         return any(
-            len(tokens) < self._max_new_tokens and tokens[-1] not in self._generator.eos_token_ids
+            len(tokens) < self._max_new_tokens and tokens[-1] not in self._eos_token_ids
             for tokens in self.generated
         )
 
     def _timed_compile(
-        self, f: Callable[..., Any], *args: Any, donate: tuple[int, ...]
+        self, f: Callable[..., Any], *args: Any, donate: tuple[int, ...], **static: Any
     ) -> jax.stages.Compiled:
         started = time.perf_counter()
-        compiled = self._generator.program(f, *args, donate=donate)
+        compiled = self._generator.program(f, *args, donate=donate, **static)
         self.compile_seconds += time.perf_counter() - started
         return compiled
 
-    def _prefill(self, f: Callable[..., Any], *args: Any, donate: tuple[int, ...]) -> Any:
-        compiled = self._timed_compile(f, *args, donate=donate)
+    def _prefill(
+        self, f: Callable[..., Any], *args: Any, donate: tuple[int, ...], **static: Any
+    ) -> Any:
+        compiled = self._timed_compile(f, *args, donate=donate, **static)
         started = time.perf_counter()
         # Waits, so that progress and times are those of the device.
         result = jax.block_until_ready(compiled(self._generator._params, *args))
@@ -350,8 +410,9 @@ class Generation:
         return result
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: CausalLM) -> None:
-    if not prompts or not all(len(prompt) for prompt in prompts):
+def _check_prompts(prompts: Prompts, max_new_tokens: int, model: CausalLM) -> None:
+    # len(): a batch may be an array, too.
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError(
             f"prompts of lengths {[len(p) for p in prompts]}: give at least one prompt, none empty"
         )
@@ -370,18 +431,31 @@ def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, model:
         )
 
 
+def _power_of_two(n: int) -> int:
+    """The least power of two that is not below `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+def _round_up_pages(page_indices: np.ndarray, num_pages: int) -> tuple[np.ndarray, int]:
+    """The page table, padded with -1, and the pool in powers of two of pages."""
+    width = page_indices.shape[1]
+    padding = ((0, 0), (0, _power_of_two(width) - width))
+    return np.pad(page_indices, padding, constant_values=-1), _power_of_two(num_pages)
+
+
 def _pack_prompts(
-    prompts: Sequence[Sequence[int]], chunk_size: int
+    prompts: Prompts, chunk_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Cuts the prompts, end to end, into chunks: `(token_ids, kv_lens, cu_q_lens, complete)`.
 
-    All chunks have the same shapes. A chunk may end one prompt and begin the next ones; sequences
-    without tokens in it have an empty range in `cu_q_lens` and keep their length.
+    All chunks have the same shapes: `chunk_size` tokens, or a power of two if that is less and
+    holds all prompts. A chunk may end one prompt and begin the next ones; sequences without tokens
+    in it have an empty range in `cu_q_lens` and keep their length.
     """
     lens = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
     ends = np.cumsum(lens)
-    chunk_size = min(chunk_size, len(tokens))
+    chunk_size = min(chunk_size, _power_of_two(len(tokens)))
     for start in range(0, len(tokens), chunk_size):
         stop = min(start + chunk_size, len(tokens))
         token_ids = np.zeros(chunk_size, np.int32)

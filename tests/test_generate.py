@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from huggingface import CASES, checkpoint_dir, expected, load, make_mesh
 from jax.sharding import AxisType
 
 from mla_jax.checkpoint import load_model
-from mla_jax.generate import DecodeState, Generation, Generator, _pack_prompts
+from mla_jax.generate import DecodeState, Generation, Generator, _pack_prompts, decode_chunk
 from mla_jax.models import CausalLM
 
 NEW = 24
@@ -115,6 +116,112 @@ def test_nothing_is_traced_or_compiled_twice(monkeypatch):
     assert run.compile_seconds < 0.1
 
 
+@pytest.fixture
+def compilations():
+    """Names of JAX's tracing, lowering and compilation events, as they happen."""
+    events = []
+
+    def listen(name, seconds, **kwargs):
+        if name.startswith("/jax/core/compile/"):
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v32_dsa"])
+@pytest.mark.parametrize("prefill_chunk_size", [1024, 16], ids=["one-chunk", "chunks-of-16"])
+def test_lengths_of_one_bucket_share_their_programs(case, prefill_chunk_size, compilations):
+    """Prompts of 65 to 128 tokens, sequences of up to 64: 4 pages each of 16 tokens, 8 in all."""
+    gen = Generator(
+        load(case), kv_cache_format="float32", page_size=16, prefill_chunk_size=prefill_chunk_size
+    )
+    want = expected(case)["generated"].tolist()
+    gen.generate(prompts(case), NEW).run()
+    assert compilations
+    compilations.clear()
+    run = gen.generate(prompts(case, (40, 29)), NEW)
+    assert run.run()[0] == want[0]
+    run = gen.generate(prompts(case, (26, 40)), NEW - 1)
+    assert run.run()[1] == want[1][:-1]
+    assert not compilations
+    assert run.compile_seconds < 0.1
+    gen.generate(prompts(case), NEW + 1)  # A fifth page, hence a table of 8.
+    assert compilations
+
+
+def test_settings_may_change_between_runs():
+    case = "deepseek_v3"
+    want = expected(case)["generated"].tolist()
+    gen = Generator(load(case), kv_cache_format="float32", page_size=16)
+    assert gen.generate(prompts(case), NEW).run() == want
+    gen.decode_chunk_size = 16
+    chunks = list(gen.generate(prompts(case), 20))
+    assert [len(chunk[0]) for chunk in chunks] == [1, 16, 3]
+    assert [list(itertools.chain(*parts)) for parts in zip(*chunks, strict=True)] == [
+        tokens[:20] for tokens in want
+    ]
+    gen.eos_token_ids = (want[0][5], want[1][11])
+    run = gen.generate(prompts(case), NEW)
+    # A run on its way keeps what it began with.
+    gen.eos_token_ids, gen.decode_chunk_size = (), 4
+    ended = run.run()
+    assert [tokens[-1] for tokens in ended] == [want[0][5], want[1][11]]
+    assert all(len(tokens) <= n for tokens, n in zip(ended, (6, 12), strict=True))
+    assert gen.generate(prompts(case), NEW).run() == want
+
+
+def test_few_programs_are_kept():
+    gen = Generator(load("deepseek_v3"))
+    calls = []
+
+    def f(model, x, *, factor):
+        calls.append(factor)
+        return factor * x
+
+    x = jnp.ones(3)
+    for factor in [*range(16), 0, 16]:
+        assert gen.program(f, x, factor=factor)(gen._params, x).tolist() == [factor] * 3
+    assert len(gen._programs) == 16
+    assert calls == list(range(17))
+    gen.program(f, x, factor=0)  # Used again before the 17th came, hence kept.
+    assert calls == list(range(17))
+    gen.program(f, x, factor=1)
+    assert calls == [*range(17), 1]
+
+
+def test_a_slow_consumer_does_not_raise_the_rate():
+    gen, batch = generator("deepseek_v3"), prompts("deepseek_v3")
+    gen.generate(batch, NEW).run()
+    quick = gen.generate(batch, NEW)
+    quick.run()
+    slow, pause = gen.generate(batch, NEW), 0.5
+    seconds = []
+    for _ in slow:
+        seconds.append(slow.decode_seconds)
+        time.sleep(pause)
+    # The pause before decoding begins does not count, those between its chunks do.
+    assert len(seconds) == 4
+    assert seconds[0] == 0
+    assert seconds[1] < pause
+    assert all(later - earlier >= pause for earlier, later in itertools.pairwise(seconds[1:]))
+    assert slow.decode_seconds == seconds[-1]
+    assert slow.decoded_tokens == quick.decoded_tokens == 2 * (NEW - 1)
+    assert slow.tokens_per_second < quick.tokens_per_second
+    assert slow.tokens_per_second == slow.decoded_tokens / slow.decode_seconds
+
+
+def test_prompts_may_be_an_array():
+    data = expected("deepseek_v3")
+    run = generator("deepseek_v3").generate(data["input_ids"], 2)
+    assert run.run() == data["generated"][:, :2].tolist()
+    with pytest.raises(ValueError, match="give at least one prompt"):
+        generator("deepseek_v3").generate(np.zeros((0, 3), np.int32), 2)
+    with pytest.raises(ValueError, match=r"lengths \[0, 0\]"):
+        generator("deepseek_v3").generate(np.zeros((2, 0), np.int32), 2)
+
+
 def test_a_decode_chunk_never_asks_the_host():
     run = generator("deepseek_v32_dsa", 8).generate(prompts("deepseek_v32_dsa"), NEW)
     program = run._generator.decode_program(run.state)
@@ -173,7 +280,7 @@ def test_the_decode_step_lowers_for_hopper_with_the_kernels(tensor_parallel):
     state = DecodeState(gen.model.init_caches(4), jnp.zeros((2, 2), jnp.int32), ints, ints, ints)
 
     def f(params, state):
-        return gen._decode_chunk(nnx.merge(gen._graphdef, params), state)
+        return decode_chunk(nnx.merge(gen._graphdef, params), state, num_steps=8)
 
     lowered = jax.jit(f).trace(gen._params, state).lower(lowering_platforms=("cuda",))
     # Layers share their functions: at least the write and the attention stand there.
@@ -204,6 +311,11 @@ def test_prompts_are_packed_end_to_end():
     np.testing.assert_array_equal(kv_lens, [[3, 0, 0], [5, 1, 0], [5, 1, 2]])
     np.testing.assert_array_equal(cu_q_lens, [[0, 3, 3, 3], [0, 2, 3, 3], [0, 0, 0, 2]])
     np.testing.assert_array_equal(complete, [[0, 0, 0], [1, 1, 0], [0, 0, 1]])
+    # What fits into one chunk is padded to a power of two.
+    ((token_ids, _, cu_q_lens, complete),) = _pack_prompts([[1, 2, 3, 4], [5]], 100)
+    np.testing.assert_array_equal(token_ids, [1, 2, 3, 4, 5, 0, 0, 0])
+    np.testing.assert_array_equal(cu_q_lens, [0, 4, 5])
+    assert complete.all()
 
 
 @pytest.mark.parametrize(
