@@ -61,19 +61,28 @@ def test_logits_agree_with_transformers_on_an_explicit_mesh():
     np.testing.assert_allclose(logits, data["logits"], atol=1e-3, rtol=0)
 
 
-# Bounds on the error of the logits relative to their standard deviation, (median, rms). Measured
-# here: 0.04 to 0.08 and 0.07 to 0.24 with fp8_ds_mla, 0.004 and 0.005 to 0.13 with bfloat16. These
-# tiny random models are the worst case: e4m3's 3 bits reach the logits after one or two layers, and
-# near ties between experts, or between the indexer's keys, change single tokens by 2 to 3 (hence
-# rms far above the median). `test_the_error_is_that_of_the_format` shows that nothing is added.
-CACHE_ERROR = {"fp8_ds_mla": (0.12, 0.40), "bfloat16": (0.01, 0.25)}
+# Bounds on the error of the logits relative to their standard deviation, (median, rms): 1.3 times
+# what was measured. These tiny random models are the worst case: e4m3's 3 bits reach the logits
+# after one or two layers, and near ties between experts, or between the indexer's keys, change
+# single tokens by 2 to 3 (hence rms far above the median). `test_the_error_is_that_of_the_format`
+# shows that nothing is added.
+CACHE_ERROR = {
+    ("deepseek_v3", "fp8_ds_mla"): (0.055, 0.161),
+    ("deepseek_v3_yarn", "fp8_ds_mla"): (0.064, 0.161),
+    ("deepseek_v2_style_no_q_lora", "fp8_ds_mla"): (0.056, 0.089),
+    ("deepseek_v32_dsa", "fp8_ds_mla"): (0.076, 0.315),
+    ("glm_moe_dsa", "fp8_ds_mla"): (0.100, 0.255),
+    ("deepseek_v3_yarn_fp8_weights", "fp8_ds_mla"): (0.062, 0.103),
+    ("deepseek_v3", "bfloat16"): (0.0043, 0.0069),
+    ("deepseek_v32_dsa", "bfloat16"): (0.0052, 0.169),
+}
 
 
-@pytest.mark.parametrize(
-    ("case", "format"),
-    [(case, "fp8_ds_mla") for case in CASES]
-    + [("deepseek_v3", "bfloat16"), ("deepseek_v32_dsa", "bfloat16")],
-)
+def test_every_case_has_a_bound():
+    assert {case for case, format in CACHE_ERROR if format == "fp8_ds_mla"} == set(CASES)
+
+
+@pytest.mark.parametrize(("case", "format"), CACHE_ERROR)
 def test_logit_error_of_quantized_caches(case, format, record_property):
     data, model = expected(case), load(case)
     error = prefill(model, data["input_ids"], 40, format=format) - data["logits"]
@@ -85,8 +94,9 @@ def test_logit_error_of_quantized_caches(case, format, record_property):
         f"{case}, {format}: logit error / logit std: median {median:.4f}, rms {rms:.4f},"
         f" largest {error.max():.4f}"
     )
-    assert median < CACHE_ERROR[format][0]
-    assert rms < CACHE_ERROR[format][1]
+    max_median, max_rms = CACHE_ERROR[case, format]
+    assert median < max_median
+    assert rms < max_rms
 
 
 @pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v32_dsa"])
@@ -222,6 +232,8 @@ def test_weights_are_left_alone_unless_asked():
 def test_impossible_routing_is_refused():
     with pytest.raises(ValueError, match=r"self\.num_experts=6 must be divisible"):
         MoEConfig(1, num_experts=6, num_experts_per_token=1, num_groups=4)
+    with pytest.raises(ValueError, match=r"self\.num_groups=0"):
+        MoEConfig(1, num_experts=6, num_experts_per_token=1, num_groups=0)
     with pytest.raises(ValueError, match=r"num_experts_per_token=3 must be within 1\.\.2"):
         MoEConfig(1, num_experts=6, num_experts_per_token=3, num_groups=3)
 
@@ -277,6 +289,32 @@ def test_kimi_k2_is_deepseek_v3():
 def test_unsupported_configs_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf(hf_config(**changes))
+
+
+@pytest.mark.parametrize(
+    "key", ["routed_scaling_factor", "n_group", "topk_group", "first_k_dense_replace"]
+)
+def test_routing_has_no_silent_defaults(key):
+    config = hf_config()
+    with pytest.raises(ValueError, match=f"{key} is missing"):
+        ModelConfig.from_hf(config | {key: None})
+    del config[key]
+    with pytest.raises(ValueError, match=f"{key} is missing"):
+        ModelConfig.from_hf(config)
+
+
+def test_layer_types_replace_first_k_dense_replace():
+    config = hf_config(mlp_layer_types=["dense", "sparse"])
+    want = ModelConfig.from_hf(config)
+    del config["first_k_dense_replace"]
+    assert ModelConfig.from_hf(config) == want == ModelConfig.from_hf(hf_config())
+
+
+def test_dense_models_need_no_routing():
+    config = hf_config(first_k_dense_replace=2)
+    for key in ("n_routed_experts", "routed_scaling_factor", "n_group", "topk_group"):
+        del config[key]
+    assert ModelConfig.from_hf(config).moe is None
 
 
 def test_config_files_are_named_in_errors(tmp_path):

@@ -58,7 +58,7 @@ class MoEConfig:
     routed_scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_experts % self.num_groups:
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
             raise ValueError(f"{self.num_experts=} must be divisible by {self.num_groups=}")
         if not 1 <= self.num_groups_per_token <= self.num_groups:
             raise ValueError(f"{self.num_groups_per_token=} must be within 1..{self.num_groups=}")
@@ -137,6 +137,10 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Parses the contents of a `config.json`.
 
+        What the layers compute has no defaults: models with MoE layers must give n_group,
+        topk_group and routed_scaling_factor, and which layers those are (first_k_dense_replace or
+        mlp_layer_types).
+
         Raises:
           ValueError: for an unsupported `model_type`, a missing key, or a value that stands for a
             computation that is not implemented; the message names key and value.
@@ -176,7 +180,7 @@ class ModelConfig:
         )
         dense_layers = _layer_flags(config, "mlp_layer_types", ("dense", "sparse"), num_layers)
         if not dense_layers:
-            first_dense = config.get("first_k_dense_replace", 0)
+            first_dense = required("first_k_dense_replace")
             dense_layers = tuple(i < first_dense for i in range(num_layers))
         moe = None
         if not all(dense_layers):
@@ -185,10 +189,10 @@ class ModelConfig:
                 num_experts=required("n_routed_experts"),
                 num_experts_per_token=required("num_experts_per_tok"),
                 num_shared_experts=config.get("n_shared_experts") or 0,
-                num_groups=config.get("n_group") or 1,
-                num_groups_per_token=config.get("topk_group") or 1,
+                num_groups=required("n_group"),
+                num_groups_per_token=required("topk_group"),
                 normalize_weights=config.get("norm_topk_prob", True),
-                routed_scaling_factor=config.get("routed_scaling_factor", 1.0),
+                routed_scaling_factor=required("routed_scaling_factor"),
             )
         indexed_layers = ()
         if sparse:

@@ -176,7 +176,13 @@ def apply_experts(
     The (token, expert) pairs are sorted by expert and cut into tiles of one expert each; a scan
     over the tiles multiplies each with its expert's weights only. (`lax.ragged_dot` says the same,
     but falls back to every expert on every token where no kernel is at hand.) The number of tiles
-    is static, that of the worst distribution; the idle ones add nothing.
+    is static, that of the worst distribution; the idle ones add nothing to the result.
+
+    Memory and FLOPs are about those of the pairs, but the tiles go one after the other: the scan
+    has `(pairs + min(num_experts, pairs) * (tile - 1)) // tile` steps with three small matrix
+    products each, idle ones included. That is 352 steps a layer for 128 tokens of DeepSeek V3
+    (8 of 256 experts, tiles of 8), so on a GPU, latency rather than arithmetic sets the time. It is
+    not a fast grouped GEMM.
     """
     tokens, k = experts.shape
     num_experts = gate.shape[0]
