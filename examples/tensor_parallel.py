@@ -1,52 +1,43 @@
-"""A model of your own that holds MLA, decoding tensor parallel.
+"""A model of your own that holds MLA, decoding tensor parallel with an FP8 cache.
 
-    python examples/tensor_parallel.py
-
-Heads are split over all devices; the FP8 cache is replicated, written in place, and read by each
-device for its own heads. Without a GPU, eight devices are simulated on the CPU.
+python examples/tensor_parallel.py
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mla_jax import allocate_pages
-from mla_jax.modules import MLAConfig, MultiHeadLatentAttention
+from mla_jax import MLAConfig, MultiHeadLatentAttention, allocate_pages
+
+jax.config.update("jax_num_cpu_devices", 8)  # Where there are no GPUs, simulate eight devices.
+mesh = jax.make_mesh((jax.device_count(),), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 class Block(nnx.Module):
-    def __init__(self, *, rngs: nnx.Rngs):
-        self.norm = nnx.RMSNorm(512, rngs=rngs)
-        config = MLAConfig(hidden_size=512, num_heads=16, q_lora_rank=128)
-        self.attention = MultiHeadLatentAttention(config, rngs=rngs)
+    def __init__(self, *, rngs):
+        config = MLAConfig(hidden_size=512, num_heads=64, q_lora_rank=128)  # 8 heads a device
+        self.norm = nnx.RMSNorm(512, dtype=jnp.bfloat16, rngs=rngs)
+        self.attention = MultiHeadLatentAttention(config, mesh=mesh, dtype=jnp.bfloat16, rngs=rngs)
 
     def __call__(self, x, cache, **tokens):
         out, cache = self.attention(self.norm(x), cache, **tokens)
         return x + out, cache
 
 
-@jax.jit(static_argnames="graphdef", donate_argnames="cache")
+@jax.jit(static_argnames="graphdef", donate_argnames="cache")  # donated: written in place
 def step(graphdef, params, x, cache, page_indices, kv_lens):
     model = nnx.merge(graphdef, params)
     return model(x, cache, page_indices=page_indices, kv_lens=kv_lens)
 
 
-def main() -> jax.Array:
-    with jax.set_mesh(jax.make_mesh((jax.device_count(),), ("model",))):
-        model = Block(rngs=nnx.Rngs(0))
-        page_indices, num_pages = allocate_pages([100, 100])  # Two sequences, 100 tokens at most.
-        cache = model.attention.init_cache(num_pages)
-        graphdef, params = nnx.split(model)
+model = Block(rngs=nnx.Rngs(0))
+graphdef, params = nnx.split(model)
+page_indices, num_pages = allocate_pages([100, 100], page_size=64)  # two sequences of up to 100
+cache = model.attention.init_cache(num_pages)  # fp8_ds_mla: 656 bytes a token
 
-        x = jax.random.normal(jax.random.key(1), (2, 40, 512))  # Prefill 40 tokens of each,
-        for length in range(40, 48):  # then decode one at a time.
-            kv_lens = jnp.full(2, length, jnp.int32)
-            x, cache = step(graphdef, params, x, cache, jnp.asarray(page_indices), kv_lens)
-            x = x[:, -1:]
-    print(f"{jax.device_count()} devices, cache {cache.data.shape} {cache.data.dtype}: {x.shape}")
-    return x
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 8)  # Used if there is no GPU.
-    main()
+x = jax.random.normal(jax.random.key(1), (2, 40, 512), jnp.bfloat16)  # prefill 40 tokens of each,
+for length in range(40, 48):  # then decode one at a time
+    kv_lens = jnp.full(2, length, jnp.int32)
+    x, cache = step(graphdef, params, x, cache, jnp.asarray(page_indices), kv_lens)
+    x = x[:, -1:]
+print(f"{mesh.size} devices, cache {cache.data.shape} {cache.data.dtype}, last output {x.shape}")

@@ -1,27 +1,16 @@
-"""README is executed, not believed."""
+"""README says what is there; its example is run by tests/test_examples.py."""
 
 import pathlib
 import re
-import subprocess
-import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_as_written():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    check = "\nassert out.shape == (2, 1, 256) and jnp.isfinite(out).all()\n"
-    check += "assert cache.data.shape == (4, 64, 656)\n"
-    check += "assert len(attention.o_proj.kernel.get_value().sharding.device_set) == 8\n"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", example + check],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+def test_its_example_is_the_example():
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example = (ROOT / "examples/tensor_parallel.py").read_text()
+    assert example.endswith(block)
 
 
 def test_files_and_names_that_it_mentions_exist():
