@@ -13,6 +13,7 @@ from huggingface import CASES, checkpoint_dir, expected, load, make_mesh
 from jax.sharding import AxisType
 
 from mla_jax.checkpoint import load_model
+from mla_jax.dispatch import IMPLEMENTATIONS
 from mla_jax.generate import DecodeState, Generation, Generator, _pack_prompts, decode_chunk
 from mla_jax.models import CausalLM
 
@@ -289,17 +290,48 @@ def test_the_decode_step_lowers_for_hopper_with_the_kernels(tensor_parallel):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ["deepseek_v32_dsa", "glm_moe_dsa"])
-def test_the_kernels_decode_the_same_tokens_as_xla(case):
-    """The same FP8 cache, bfloat16 weights, one GPU."""
-    tokens, logits = {}, {}
-    for implementation in ("xla", "mosaic_gpu"):
-        model = load_model(checkpoint_dir(case), implementation=implementation)
-        run = Generator(model).generate(prompts(case), NEW)
-        logits[implementation] = np.asarray(run.prefill_logits)
-        tokens[implementation] = run.run()
-    error = np.abs(logits["mosaic_gpu"] - logits["xla"]).max()
-    print(f"{case}: prefill logits differ by {error:.4f} at most, std {logits['xla'].std():.2f}")
-    assert tokens["mosaic_gpu"] == tokens["xla"]
+def test_the_kernels_decode_the_tokens_that_xla_decodes(case):
+    """Step by step from the same state, FP8 cache included; bfloat16 weights, one GPU.
+
+    Free runs of these tiny random models part ways whatever the kernels do: with P rounded to
+    float32 instead of bfloat16, the XLA path parts from itself after 2 to 23 tokens, and step by
+    step agrees with itself in 93 and 95% of the tokens, at a median error of 0.02 of the logits. An
+    expert, a top-k key or an e4m3 value that flips is a jump.
+    """
+    models = {
+        name: load_model(checkpoint_dir(case), implementation=name) for name in IMPLEMENTATIONS
+    }
+    state = Generator(models["xla"]).generate(prompts(case), NEW).state
+
+    def compiled_step(model):
+        graphdef, params = nnx.split(model)
+
+        @jax.jit
+        def step(params, state):
+            kv_lens = state.kv_lens + 1
+            logits, caches = nnx.merge(graphdef, params)(
+                state.last_tokens[:, None],
+                state.caches,
+                page_indices=state.page_indices,
+                kv_lens=kv_lens,
+                last_token_only=True,
+            )
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            state = dataclasses.replace(state, caches=caches, kv_lens=kv_lens, last_tokens=tokens)
+            return logits, state
+
+        return functools.partial(step, params)
+
+    steps = {name: compiled_step(model) for name, model in models.items()}
+    same, errors = [], []
+    for _ in range(NEW - 1):
+        kernel_logits, kernel_state = steps["mosaic_gpu"](state)
+        logits, state = steps["xla"](state)
+        same += (kernel_state.last_tokens == state.last_tokens).tolist()
+        errors.append(np.std(np.asarray(kernel_logits - logits)) / np.std(np.asarray(logits)))
+    print(f"{case}: {sum(same)} of {len(same)} tokens, median error {np.median(errors):.4f}")
+    assert np.median(errors) < 0.06
+    assert np.mean(same) > 0.8
 
 
 def test_prompts_are_packed_end_to_end():
