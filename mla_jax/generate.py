@@ -259,16 +259,6 @@ class Generator:
         self._programs.move_to_end(key)
         return self._programs[key]
 
-    def decode_program(self, state: DecodeState) -> jax.stages.Compiled:
-        """The compiled decode chunk for states like this: `(params, state) -> (state, tokens)`."""
-        return self.program(
-            decode_chunk,
-            state,
-            donate=(0,),
-            num_steps=self.decode_chunk_size,
-            eos_token_ids=tuple(self.eos_token_ids),
-        )
-
 
 class Generation:
     """One batch on its way: prefilled when made, decoded while iterated over.
@@ -342,13 +332,7 @@ class Generation:
         yield self._collect(np.asarray(self.state.last_tokens)[:, None])
         if not self._unfinished():
             return
-        decode = self._timed_compile(
-            decode_chunk,
-            self.state,
-            donate=(0,),
-            num_steps=self._decode_chunk_size,
-            eos_token_ids=self._eos_token_ids,
-        )
+        decode = self.decode_program(self.state)
         num_chunks = -(-(self._max_new_tokens - 1) // self._decode_chunk_size)
         started = time.perf_counter()
         running: Array | None = None
@@ -364,6 +348,16 @@ class Generation:
             yield new_tokens
             if not self._unfinished():
                 return
+
+    def decode_program(self, state: DecodeState) -> jax.stages.Compiled:
+        """The run's decode chunk, for states like this: `(params, state) -> (state, tokens)`."""
+        return self._timed_compile(
+            decode_chunk,
+            state,
+            donate=(0,),
+            num_steps=self._decode_chunk_size,
+            eos_token_ids=self._eos_token_ids,
+        )
 
     def run(self) -> list[list[int]]:
         """Decodes to the end and returns all tokens."""

@@ -72,20 +72,25 @@ def sparse_attention(
     if num_chunks == 1:
         return _attend_rows(q, cache, topk_indices, softmax)
     chunk = -(-tokens // num_chunks)
-    padding = num_chunks * chunk - tokens
-    q = jnp.pad(q, ((0, padding), (0, 0), (0, 0)))
-    topk_indices = jnp.pad(topk_indices, ((0, padding), (0, 0)), constant_values=-1)
-    out, lse = lax.map(
-        lambda args: _attend_rows(args[0], cache, args[1], softmax),
-        (
-            q.reshape(num_chunks, chunk, *q.shape[1:]),
-            topk_indices.reshape(num_chunks, chunk, topk),
-        ),
+    return _map_blocks(
+        lambda q, slots: _attend_rows(q, cache, slots, softmax), chunk, q, topk_indices
     )
-    return (
-        out.reshape(-1, *out.shape[2:])[:tokens],
-        lse.reshape(-1, lse.shape[-1])[:tokens],
-    )
+
+
+def _map_blocks(f: Callable[..., tuple[Array, ...]], block: int, *arrays: Array) -> Any:
+    """`f` on `block` entries of the leading dimension at a time, one block after the other.
+
+    The last block is filled up with copies of the last entry, whose results are cut off.
+    """
+    size = arrays[0].shape[0]
+    num_blocks = -(-size // block)
+
+    def cut(x: Array) -> Array:
+        widths = [(0, num_blocks * block - size)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, widths, mode="edge").reshape(num_blocks, block, *x.shape[1:])
+
+    results = lax.map(lambda blocks: f(*blocks), tuple(map(cut, arrays)))
+    return tuple(x.reshape(num_blocks * block, *x.shape[2:])[:size] for x in results)
 
 
 def _attend_rows(
@@ -126,22 +131,16 @@ def decode(
     block = max(1, min(q_len, _MAX_CHUNK_BYTES // bytes_per_query))
     if block >= q_len:
         return _attend_pages(q, cache, page_indices, positions, softmax)
-    num_blocks = -(-q_len // block)
-    padding = num_blocks * block - q_len
-    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
-    out, lse = lax.map(
-        lambda args: _attend_pages(args[0], cache, page_indices, args[1], softmax),
-        (
-            jnp.moveaxis(q.reshape(batch, num_blocks, block, *q.shape[2:]), 1, 0),
-            jnp.moveaxis(positions.reshape(batch, num_blocks, block), 1, 0),
-        ),
-    )
-    out, lse = jnp.moveaxis(out, 0, 1), jnp.moveaxis(lse, 0, 1)
-    return (
-        out.reshape(batch, num_blocks * block, *out.shape[3:])[:, :q_len],
-        lse.reshape(batch, num_blocks * block, num_q_heads)[:, :q_len],
-    )
+
+    def attend(q: Array, positions: Array) -> tuple[Array, ...]:
+        q, positions = jnp.moveaxis(q, 0, 1), jnp.moveaxis(positions, 0, 1)
+        results = _attend_pages(q, cache, page_indices, positions, softmax)
+        return tuple(jnp.moveaxis(x, 1, 0) for x in results)
+
+    # Blocks of queries: q_len leads.
+    results = _map_blocks(attend, block, jnp.moveaxis(q, 1, 0), jnp.moveaxis(positions, 1, 0))
+    out, lse = (jnp.moveaxis(x, 0, 1) for x in results)
+    return out, lse
 
 
 def prefill(

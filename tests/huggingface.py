@@ -5,10 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import DATA
 from jax.sharding import AxisType
 
 from mla_jax.checkpoint import load_model
+from tests.helpers import DATA
 
 CASES = (
     "deepseek_v3",

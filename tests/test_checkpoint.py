@@ -7,7 +7,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface import checkpoint_dir, make_mesh
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
@@ -19,6 +18,7 @@ from mla_jax.checkpoint import (
     open_checkpoint,
     open_safetensors,
 )
+from tests.huggingface import checkpoint_dir, make_mesh
 
 
 def read(directory):

@@ -9,7 +9,8 @@ import sys
 import jax
 import numpy as np
 import pytest
-from huggingface import checkpoint_dir, expected
+
+from tests.huggingface import checkpoint_dir, expected
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface import CASES, checkpoint_dir, expected, load, make_mesh
 from jax.sharding import AxisType
 
 from mla_jax.checkpoint import load_model
 from mla_jax.dispatch import IMPLEMENTATIONS
 from mla_jax.generate import DecodeState, Generation, Generator, _pack_prompts, decode_chunk
 from mla_jax.models import CausalLM
+from tests.huggingface import CASES, checkpoint_dir, expected, load, make_mesh
 
 NEW = 24
 
@@ -225,7 +225,7 @@ def test_prompts_may_be_an_array():
 
 def test_a_decode_chunk_never_asks_the_host():
     run = generator("deepseek_v32_dsa", 8).generate(prompts("deepseek_v32_dsa"), NEW)
-    program = run._generator.decode_program(run.state)
+    program = run.decode_program(run.state)
     with jax.transfer_guard("disallow"):
         state, tokens = program(run._generator._params, run.state)
     assert tokens.shape == (2, 8)
@@ -247,7 +247,7 @@ def test_the_decode_step_aliases_the_caches_and_makes_no_second_one(case, tensor
     pool = gen.model.init_caches(512, 64, format=format)
     run = generator(case, tensor_parallel).generate(prompts(case), NEW)
     state = dataclasses.replace(run.state, caches=pool)
-    compiled = gen.decode_program(state)
+    compiled = run.decode_program(state)
     cache_bytes = [leaf.nbytes for leaf in jax.tree.leaves(pool)]
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= sum(cache_bytes)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface import CASES, checkpoint_dir, expected, load
 from jax.sharding import AxisType
 
 import mla_jax.models.causal_lm
@@ -15,6 +14,7 @@ from mla_jax import LatentCache, allocate_pages
 from mla_jax.cache import dequantize, quantize
 from mla_jax.models import MODEL_TYPES, CausalLM, ModelConfig, MoEConfig, presets
 from mla_jax.models.moe import Router, apply_experts
+from tests.huggingface import CASES, checkpoint_dir, expected, load
 
 
 @nnx.jit

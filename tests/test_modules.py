@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface import CASES, expected, load, make_mesh
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -21,6 +20,7 @@ from mla_jax.modules import (
     SparseCache,
     SparseMultiHeadLatentAttention,
 )
+from tests.huggingface import CASES, expected, load, make_mesh
 
 CONFIG = MLAConfig(
     hidden_size=48, num_heads=8, q_lora_rank=24, kv_lora_rank=128, qk_nope_head_dim=16,
