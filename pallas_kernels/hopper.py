@@ -536,16 +536,16 @@ def fence_async_proxy() -> None:
     _asm("fence.proxy.async.shared::cta;", effects=True)
 
 
-def copy_row_to_shared(destination: Reg, source: Reg, num_bytes: int, barrier: Reg) -> None:
+def copy_row_to_shared(destination: Reg, source: Reg, num_bytes: int | Reg, barrier: Reg) -> None:
     """`cp.async.bulk`: copies `num_bytes` (a multiple of 16) from global to shared memory.
 
     Asynchronous; the bytes count towards `barrier`. Every lane may issue its own copy, which keeps
     more rows in flight than one elected thread can.
     """
+    size = u32(num_bytes) if isinstance(num_bytes, int) else num_bytes
     _asm(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-        f" [$0], [$1], {num_bytes}, [$2];",
-        *(destination, source, barrier),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+        *(destination, source, size, barrier),
     )
 
 

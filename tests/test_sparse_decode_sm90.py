@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import SparseAttentionConfig, sparse_attention_sm90, sparse_decode_sm90
+from pallas_kernels import SparseAttentionConfig, sparse_attention_sm90, warp_attention_sm90
 from pallas_kernels.hopper import NUM_SMS
 from pallas_kernels.sparse_decode_sm90 import CTA_HEAD_TILES, default_config
 from tests import oracle
@@ -177,7 +177,7 @@ def test_refuses_an_impossible_config(fields, words):
 )
 def test_shared_memory_adds_up_to_the_documented_budget(head_tile, num_bytes):
     assert SparseAttentionConfig(head_tile).smem_bytes == num_bytes
-    table = " ".join(sparse_decode_sm90.__doc__.split())
+    table = " ".join(warp_attention_sm90.__doc__.split())
     assert f"{num_bytes:,}" in table
 
 
