@@ -69,11 +69,7 @@ def time_chain(
         verify(first)
     del first
     run(1)
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            run(repeats)
-        (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
-        events = _gpu_events(path)
+    (events,) = gpu_timelines(lambda: run(repeats))
     return _timing(events, len(fresh), repeats)
 
 
@@ -99,19 +95,34 @@ def make_chain(function: Callable[..., Any], *, threads: bool) -> Callable[..., 
 _Event = tuple[float, float, str]
 
 
-def _gpu_events(path: str) -> list[_Event]:
-    """(start ns, end ns, name) of everything that ran on a GPU stream, by start."""
-    events = []
-    for plane in ProfileData.from_file(path).planes:
-        if "GPU" not in plane.name:
-            continue
-        for line in plane.lines:
-            if "Stream" in line.name:
-                events += [
-                    (event.start_ns, event.start_ns + event.duration_ns, event.name)
-                    for event in line.events
-                ]
-    return sorted(events)
+def gpu_timelines(run: Callable[[], Any]) -> list[list[_Event]]:
+    """Profiles `run()`: for each GPU that was busy, what ran on its streams, by start.
+
+    An event is (start ns, end ns, name).
+
+    Raises:
+      RuntimeError: if the profiler saw nothing on a GPU.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0  # The GPU's own clock is all.
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory, profiler_options=options):
+            run()
+        (path,) = glob.glob(f"{directory}/**/*.xplane.pb", recursive=True)
+        planes = [plane for plane in ProfileData.from_file(path).planes if "GPU" in plane.name]
+        timelines = [
+            sorted(
+                (event.start_ns, event.start_ns + event.duration_ns, event.name)
+                for line in plane.lines
+                if "Stream" in line.name
+                for event in line.events
+            )
+            for plane in planes
+        ]
+    timelines = [events for events in timelines if events]
+    if not timelines:
+        raise RuntimeError("the profiler saw nothing on the GPU")
+    return timelines
 
 
 def _span_us(events: Sequence[_Event]) -> float:
@@ -119,8 +130,6 @@ def _span_us(events: Sequence[_Event]) -> float:
 
 
 def _timing(events: list[_Event], calls: int, repeats: int) -> Timing:
-    if not events:
-        raise RuntimeError("the profiler saw nothing on the GPU")
     per_repeat, uneven = divmod(len(events), repeats)
     if uneven:
         counts = collections.Counter(name for _, _, name in events)

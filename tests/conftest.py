@@ -15,15 +15,36 @@ def _num_hopper_gpus() -> int:
     return sum(getattr(d, "compute_capability", "") == "9.0" for d in devices)
 
 
+def _gpus_needed(item: pytest.Item) -> int:
+    if multigpu := item.get_closest_marker("multigpu"):
+        return multigpu.args[0] if multigpu.args else 2
+    return 1 if item.get_closest_marker("gpu") else 0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    needed = {"gpu": 1, "multigpu": 2}
-    marked = [i for i in items if any(i.get_closest_marker(m) for m in needed)]
-    found = _num_hopper_gpus() if marked else 0
-    for item in marked:
-        least = max(n for marker, n in needed.items() if item.get_closest_marker(marker))
+    needed = {item: n for item in items if (n := _gpus_needed(item))}
+    found = _num_hopper_gpus() if needed else 0
+    for item, least in needed.items():
         if found < least:
             reason = f"needs {least} Hopper GPU(s), found {found}"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("cpu", 2), id="2-simulated"),
+        *(
+            pytest.param(("gpu", n), id=f"{n}-GPUs", marks=pytest.mark.multigpu(n))
+            for n in (2, 4, 8)
+        ),
+    ]
+)
+def devices(request: pytest.FixtureRequest) -> list[jax.Device]:
+    """Devices to split heads over: simulated ones on a CPU machine, or real GPUs (`multigpu`)."""
+    platform, size = request.param
+    if jax.default_backend() != platform:
+        pytest.skip("simulates devices where there are none; this machine has real ones")
+    return jax.devices()[:size]
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

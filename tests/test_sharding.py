@@ -18,13 +18,14 @@ AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
 HEADS = 16
 
 
-def cases():
+def cases(heads, topk=24):
+    """Each op with arguments of so many heads: name -> (op, arrays, keyword arrays)."""
     rng = np.random.default_rng(0)
     cache = filled_cache(rng, 4, 16)
-    sink = jnp.asarray(rng.normal(size=HEADS), jnp.float32)
-    indices = jnp.asarray(rng.integers(-1, 64, (4, 24)), jnp.int32)
-    sparse = (random_q(rng, 4, HEADS, 576), cache, indices)
-    topk_lens = jnp.array([24, 3, 0, 7], jnp.int32)
+    sink = jnp.asarray(rng.normal(size=heads), jnp.float32)
+    indices = jnp.asarray(rng.integers(-1, 64, (4, topk)), jnp.int32)
+    sparse = (random_q(rng, 4, heads, 576), cache, indices)
+    topk_lens = jnp.array([topk, 3, 0, 7], jnp.int32)
     paged, table = paged_batch(rng, np.array([40, 3, 0, 17]), 16)
     lens = jnp.array([40, 3, 0, 17], jnp.int32)
     cu_q_lens = jnp.array([0, 6, 8, 8, 12], jnp.int32)
@@ -33,18 +34,18 @@ def cases():
         "sparse-array": (mla_sparse_attention, (sparse[0], cache.data, indices), {}),
         "decode": (
             mla_decode,
-            (random_q(rng, 4, 2, HEADS, 576), paged, table, lens),
+            (random_q(rng, 4, 2, heads, 576), paged, table, lens),
             {"attn_sink": sink},
         ),
         "prefill": (
             mla_prefill,
-            (random_q(rng, 12, HEADS, 576), paged, table, lens, cu_q_lens),
+            (random_q(rng, 12, heads, 576), paged, table, lens, cu_q_lens),
             {"attn_sink": sink},
         ),
     }
 
 
-CASES = cases()
+CASES = cases(HEADS)
 
 
 def make_mesh(shape, names, axis_type):
