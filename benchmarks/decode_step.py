@@ -362,7 +362,7 @@ def measure_cases(
     """Compiles all cases, then times one after the other while there is time."""
     started = time.perf_counter()
     programs = {case: program_of(case) for case in cases}
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # lowered here, compiled there
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # lowered here, compiled there
         futures = {
             case: pool.submit(program.jitted().lower(*program.abstract_arguments()).compile)
             for case, program in programs.items()
@@ -408,18 +408,16 @@ def child(flags: str, rows: pathlib.Path, deadline: float) -> None:
                 print(format_row(row), flush=True)
 
         cases = plan(len(devices), flags)
-        write({"device": devices[0].device_kind, "gpus": len(devices), "planned": len(cases)})
+        write({"device": devices[0].device_kind, "gpus": len(devices)})
         measure_cases(cases, flags, write, deadline)
 
 
 def run_child(flags: str, rows: pathlib.Path, deadline: float) -> list[Row]:
     """`child` in a process with these flags; what it wrote, also where it was cut off."""
-    env = os.environ | {
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS[flags]}".strip(),
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        # Holds what autotuning found: the same choices for all sets of flags.
-        "JAX_COMPILATION_CACHE_DIR": str(rows.parent / "cache"),
-    }
+    # The cache holds what autotuning found: all sets of flags get the same choices.
+    env = {"JAX_COMPILATION_CACHE_DIR": str(rows.parent / "cache")} | os.environ
+    env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS[flags]}".strip()
+    env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     command = [sys.executable, "-m", "benchmarks.decode_step", "--child", flags, str(rows)]
     try:
         # A deadlock of the GPUs must not outlast the deadline by much.
@@ -436,7 +434,7 @@ def run_child(flags: str, rows: pathlib.Path, deadline: float) -> list[Row]:
 
 def make_report(lines: Sequence[Row], commit: str | None) -> Row:
     """The JSON file's content, of the children's lines."""
-    heads = [line for line in lines if "planned" in line]
+    heads = [line for line in lines if "gpus" in line]
     rows = [line for line in lines if "us" in line]
     if not rows:
         raise SystemExit("nothing was measured")
@@ -449,12 +447,26 @@ def make_report(lines: Sequence[Row], commit: str | None) -> Row:
         "layers": NUM_LAYERS,
         "context": CONTEXT,
         "flags": FLAGS,
-        "complete": len(rows) == sum(line["planned"] for line in heads)
-        and len(heads) == len(FLAGS),
         "rows": [
             {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows
         ],
     }
+
+
+def merge(report: Row, previous: Row) -> Row:
+    """`report` with the rows that `previous` has of other flags; both of one machine and commit."""
+    for key in ("device", "gpus", "commit", "versions"):
+        if report[key] != previous[key]:
+            raise SystemExit(f"{key} {previous[key]} of the output file is not {report[key]}")
+    measured = {row["flags"] for row in report["rows"]}
+    kept = [row for row in previous["rows"] if row["flags"] not in measured]
+    return report | {
+        "rows": sorted(kept + report["rows"], key=lambda r: [*FLAGS].index(r["flags"]))
+    }
+
+
+def is_complete(report: Row) -> bool:
+    return len(report["rows"]) == sum(len(plan(report["gpus"], flags)) for flags in FLAGS)
 
 
 def _current_commit() -> str:
@@ -526,7 +538,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--table", action="store_true", help="print README's table and stop")
-    parser.add_argument("--flags", choices=FLAGS, action="append", help="only these; repeatable")
+    parser.add_argument(
+        "--flags", choices=FLAGS, action="append", help="repeatable; into the file there is"
+    )
     parser.add_argument("--output", type=pathlib.Path, help="default: in results/")
     parser.add_argument("--commit", help="recorded in the JSON; default: git's HEAD")
     parser.add_argument("--time-limit", type=float, default=1200, help="seconds; default 1200")
@@ -548,6 +562,9 @@ def main() -> None:
     report = make_report(lines, options.commit)
     device = report["device"].lower().replace("nvidia", "").split()[0]
     output = options.output or RESULTS / f"decode_step_{device}_x{report['gpus']}.json"
+    if options.flags and output.exists():
+        report = merge(report, json.loads(output.read_text()))
+    report["complete"] = is_complete(report)
     output.write_text(json.dumps(report, indent=1) + "\n")
     print(markdown_table([report]))
     print(f"{output}: {len(report['rows'])} rows, complete: {report['complete']}")

@@ -115,7 +115,7 @@ def test_report_and_table(tmp_path, monkeypatch):
         return {**dataclasses.asdict(case), "flags": "default", "us": us} | timeline
 
     lines = [
-        {"device": "NVIDIA H200", "gpus": 2, "planned": 4},
+        {"device": "NVIDIA H200", "gpus": 2},
         row("GLM-5", 1, 1, us=41.26, communication_us=0.0, share=0.0),
         row("GLM-5", 2, 1, us=31.26, communication_us=8.0, share=0.256),
         row("GLM-5", 2, 128, us=131.26, communication_us=8.0, share=0.061),
@@ -124,7 +124,14 @@ def test_report_and_table(tmp_path, monkeypatch):
     ]
     report = decode_step.make_report(lines, "abc")
     assert report["commit"] == "abc"
-    assert not report["complete"]  # one set of flags of three
+    assert not decode_step.is_complete(report)
+    other = report | {"rows": [{"flags": "command buffers"}, {"flags": "default"}]}
+    assert decode_step.merge(report, other)["rows"] == [
+        {"flags": "command buffers"},
+        *report["rows"],
+    ]
+    with pytest.raises(SystemExit, match="commit def of the output file is not abc"):
+        decode_step.merge(report, other | {"commit": "def"})
     monkeypatch.setattr(decode_step, "RESULTS", tmp_path)
     (tmp_path / "decode_step_h200_x2.json").write_text(json.dumps(report))
     table = decode_step.markdown_table(decode_step.load_reports(), "default").splitlines()
@@ -139,7 +146,7 @@ def test_report_and_table(tmp_path, monkeypatch):
 
 def test_nothing_measured_is_an_error():
     with pytest.raises(SystemExit, match="nothing was measured"):
-        decode_step.make_report([{"device": "NVIDIA H200", "gpus": 2, "planned": 4}], None)
+        decode_step.make_report([{"device": "NVIDIA H200", "gpus": 2}], None)
 
 
 def test_without_gpus_it_says_so(tmp_path):
