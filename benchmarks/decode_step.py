@@ -30,6 +30,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -127,8 +128,12 @@ def plan(num_devices: int, flags: str) -> list[Case]:
                 found += cases(model, size)
             if flags == "command buffers" and (1 < size <= num_devices or size == 8):
                 found += cases(model, size, all_reduce=False)
-    # The whole machine first, then one device's part alone.
-    return sorted(found, key=lambda case: (not case.all_reduce, case.tensor_parallel, case.batch))
+    return sorted(found, key=_order)
+
+
+def _order(case: Case) -> tuple[bool, int, int]:
+    """The whole machine first, then one device's part alone; cases that share caches together."""
+    return not case.all_reduce, case.tensor_parallel, case.batch
 
 
 # ------------------------------------------------------------------------------------- the program
@@ -221,8 +226,11 @@ class Program:
         return x, new_caches
 
     def jitted(self) -> Any:
-        # Named outputs' sharding, so that donated caches keep theirs.
+        # The outputs' sharding is said, so that donated caches keep theirs.
         return jax.jit(self.step, donate_argnames="caches", out_shardings=self.replicated)
+
+    def compile(self) -> jax.stages.Compiled:
+        return self.jitted().lower(*self.abstract_arguments()).compile()
 
     def abstract_arguments(self) -> tuple[Any, ...]:
         def place(tree: Any) -> Any:
@@ -359,37 +367,33 @@ def check(out: np.ndarray, expected: np.ndarray, case: Case) -> float:
 def measure_cases(
     cases: Sequence[Case], flags: str, write: Callable[[Row], None], deadline: float
 ) -> None:
-    """Compiles all cases, then times one after the other while there is time."""
-    started = time.perf_counter()
-    programs = {case: program_of(case) for case in cases}
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # lowered here, compiled there
-        futures = {
-            case: pool.submit(program.jitted().lower(*program.abstract_arguments()).compile)
-            for case, program in programs.items()
-        }
-        concurrent.futures.wait(futures.values())
-    print(f"{flags}: {len(cases)} programs in {time.perf_counter() - started:.1f} s", flush=True)
+    """Measures while there is time. Cases of one split and batch are compiled together."""
     expected: dict[Any, np.ndarray] = {}
     params: dict[Any, Any] = {}
-    caches: dict[Any, Any] = {}
-    for case, program in programs.items():
-        if time.time() > deadline:
-            print(f"{flags}: out of time at {case}", flush=True)
-            return
-        split, pool_key = (case.tensor_parallel, case.all_reduce), (case.num_devices, case.batch)
-        # What no later case needs makes room.
-        params = {key: value for key, value in params.items() if key[1:] == split}
-        caches = {key: value for key, value in caches.items() if key == pool_key}
-        if (case.model, *split) not in params:
-            params[case.model, *split] = program.make_params()
-        weights, inputs = params[case.model, *split], program.make_inputs()
-        held = caches.pop(pool_key, None) or program.make_caches()
-        compiled = futures[case].result()
-        out, held = compiled(weights, held, *inputs)
-        out = np.asarray(out)
-        error = check(out, expected.setdefault(case.same_numbers, out), case)
-        row, caches[pool_key] = measure(compiled, weights, held, inputs)
-        write({**dataclasses.asdict(case), "flags": flags, **row, "error": error})
+    for (*split, _), group in itertools.groupby(cases, key=_order):
+        programs = {case: program_of(case) for case in group}
+        started = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # all done before one is timed
+            compiled = dict(
+                zip(programs, pool.map(Program.compile, programs.values()), strict=True)
+            )
+        seconds = time.perf_counter() - started
+        print(f"{flags}: {len(programs)} programs in {seconds:.1f} s", flush=True)
+        params = {key: value for key, value in params.items() if key[1:] == (*split,)}
+        caches = None
+        for case, program in programs.items():
+            if time.time() > deadline:
+                print(f"{flags}: out of time at {case}", flush=True)
+                return
+            key = case.model, *split
+            if key not in params:
+                params[key] = program.make_params()
+            inputs = program.make_inputs()
+            out, caches = compiled[case](params[key], caches or program.make_caches(), *inputs)
+            out = np.asarray(out)
+            error = check(out, expected.setdefault(case.same_numbers, out), case)
+            row, caches = measure(compiled[case], params[key], caches, inputs)
+            write({**dataclasses.asdict(case), "flags": flags, **row, "error": error})
 
 
 # --------------------------------------------------------------------------------------- processes

@@ -18,9 +18,9 @@ SMALL = MLAConfig(
 )
 
 
-def small_program(num_devices, **options):
+def small_program(num_devices, config=SMALL, **options):
     return decode_step.Program(
-        SMALL,
+        config,
         decode_step.make_mesh(num_devices),
         batch=2,
         num_layers=2,
@@ -33,7 +33,7 @@ def small_program(num_devices, **options):
 
 def run(program):
     """The step's output, and its program."""
-    compiled = program.jitted().lower(*program.abstract_arguments()).compile()
+    compiled = program.compile()
     out, _ = compiled(program.make_params(), program.make_caches(), *program.make_inputs())
     return np.asarray(out), compiled
 
@@ -89,6 +89,33 @@ def timeline(wait):
         (6000, 9000, "attend_1"),
         (9000, 10_000, "ncclDevKernel_AllReduce"),
     ]
+
+
+def test_cases_are_measured_in_groups_until_the_time_is_up(monkeypatch):
+    """With everything but the GPU's timeline."""
+    monkeypatch.setattr(decode_step, "MODELS", {"small": SMALL})
+    monkeypatch.setattr(decode_step, "gpu_timelines", lambda run: [run() and timeline(0)])
+    monkeypatch.setattr(
+        decode_step,
+        "program_of",
+        lambda case: small_program(
+            case.num_devices, decode_step.layer_config(case), pad_heads=case.pad_heads
+        ),
+    )
+    cases = [decode_step.Case("small", n, 2, pad) for n, pad in ((1, 0), (2, 0), (2, 1))]
+    cases.append(decode_step.Case("small", 8, 2, all_reduce=False))
+    rows = []
+    decode_step.measure_cases(cases, "default", rows.append, deadline=np.inf)
+    assert [(row["tensor_parallel"], row["pad_heads"]) for row in rows] == [
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (8, 0),
+    ]
+    assert all(row["us"] > 0 and row["error"] < 1e-5 for row in rows)
+    assert decode_step.format_row(rows[-1])
+    decode_step.measure_cases(cases, "default", rows.append, deadline=0.0)
+    assert len(rows) == 4
 
 
 def test_launches_and_communication_of_a_timeline():
