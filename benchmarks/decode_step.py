@@ -246,24 +246,29 @@ class Program:
 
     def make_params(self) -> list[Any]:
         """Random weights; the same whatever the mesh."""
-
-        @functools.partial(jax.jit, out_shardings=self._param_shardings)
-        def make(key: jax.Array) -> Any:
-            return nnx.split(self._make_layer(rngs=nnx.Rngs(key)))[1]
-
-        return [make(jax.random.key(i)) for i in range(self.num_layers)]
+        return [self.makers[0](jax.random.key(i)) for i in range(self.num_layers)]
 
     def make_caches(self) -> list[SparseCache]:
-        make = _jitted(_make_cache, self.replicated, self._cache_sizes)
-        return [make(jax.random.key(100 + i)) for i in range(self.num_layers)]
+        return [self.makers[1](jax.random.key(100 + i)) for i in range(self.num_layers)]
 
     def make_inputs(self) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return _jitted(_make_inputs, self.replicated, self._input_sizes)(jax.random.key(200))
+        return self.makers[2](jax.random.key(200))
 
+    @functools.cached_property
+    def makers(self) -> tuple[jax.stages.Compiled, ...]:
+        """What makes a layer's weights, its cache, and the inputs, of a key; compiled."""
 
-@functools.cache  # compiled once for all programs of these sizes
-def _jitted(make: Callable[..., Any], sharding: NamedSharding, sizes: tuple[int, ...]) -> Any:
-    return jax.jit(functools.partial(make, *sizes), out_shardings=sharding)
+        def make_params(key: jax.Array) -> Any:
+            return nnx.split(self._make_layer(rngs=nnx.Rngs(key)))[1]
+
+        def compile(make: Callable[..., Any], out_shardings: Any) -> jax.stages.Compiled:
+            return jax.jit(make, out_shardings=out_shardings).lower(jax.random.key(0)).compile()
+
+        return (
+            compile(make_params, self._param_shardings),
+            compile(functools.partial(_make_cache, *self._cache_sizes), self.replicated),
+            compile(functools.partial(_make_inputs, *self._input_sizes), self.replicated),
+        )
 
 
 def _make_cache(
@@ -344,7 +349,7 @@ def timeline_row(timelines: Sequence[Any], layers: int, us: float) -> Row:
         spans.append(max(end for _, end, _ in events) - events[0][0])
         summed = [end - start for start, end, name in events if _COMMUNICATION.search(name)]
         communication.append(sum(summed))
-        names.update(re.sub(r"[_.]\d+$", "", name) for *_, name in events)
+        names.update(re.sub(r"[_.]\d+(?=_|$)", "", name) for *_, name in events)
     communication_us = float(np.mean(communication)) / layers / 1e3
     return {
         "timeline_us": max(spans) / layers / 1e3,
@@ -374,9 +379,11 @@ def measure_cases(
         programs = {case: program_of(case) for case in group}
         started = time.perf_counter()
         with concurrent.futures.ThreadPoolExecutor() as pool:  # all done before one is timed
-            compiled = dict(
-                zip(programs, pool.map(Program.compile, programs.values()), strict=True)
-            )
+            makers = [pool.submit(lambda p: p.makers, program) for program in programs.values()]
+            steps = [pool.submit(program.compile) for program in programs.values()]
+        compiled = {case: step.result() for case, step in zip(programs, steps, strict=True)}
+        for future in makers:
+            future.result()
         seconds = time.perf_counter() - started
         print(f"{flags}: {len(programs)} programs in {seconds:.1f} s", flush=True)
         params = {key: value for key, value in params.items() if key[1:] == (*split,)}
