@@ -2,14 +2,14 @@
 
 `implementation=None` chooses:
 
-| device | cache      | `mla_sparse_attention` | `mla_decode`, `mla_prefill` |
-|--------|------------|------------------------|-----------------------------|
-| Hopper | fp8_ds_mla | "mosaic_gpu"           | "xla"                       |
-| Hopper | other      | "xla"                  | "xla"                       |
-| other  | any        | "xla"                  | "xla"                       |
+| device | cache      | `mla_sparse_attention` | `mla_decode` | `mla_prefill` |
+|--------|------------|------------------------|--------------|---------------|
+| Hopper | fp8_ds_mla | "mosaic_gpu"           | "mosaic_gpu" | "xla"         |
+| Hopper | other      | "xla"                  | "xla"        | "xla"         |
+| other  | any        | "xla"                  | "xla"        | "xla"         |
 
-The sparse kernel serves prefill and decode alike: there is no heuristic switch between them. It
-takes bfloat16 q.
+The sparse kernel serves prefill and decode alike: there is no heuristic switch between them. The
+kernels take bfloat16 q.
 
 On a mesh, wrap the ops in `mla_jax.tensor_parallel`.
 
@@ -30,7 +30,13 @@ from jaxtyping import Array, Float, Int
 from mla_jax import reference
 from mla_jax.cache import LatentCache
 from mla_jax.dispatch import Implementation, dispatch
-from pallas_kernels import SparseAttentionConfig, layout, sparse_attention_sm90
+from pallas_kernels import (
+    DenseDecodeConfig,
+    SparseAttentionConfig,
+    dense_decode_sm90,
+    layout,
+    sparse_attention_sm90,
+)
 
 # A kernel or reference with everything but its array arguments bound.
 _Bound = Callable[..., tuple[Array, Array]]
@@ -92,20 +98,10 @@ def mla_sparse_attention(
     _check_indices("topk_indices", topk_indices, (tokens, None), "[tokens, topk]")
     if topk_lens is not None:
         _check_indices("topk_lens", topk_lens, (tokens,), "[tokens]")
-    if config is not None and (
-        implementation == "xla" or not isinstance(config, SparseAttentionConfig)
-    ):
-        raise ValueError(
-            f"{config=} must be None or a pallas_kernels.SparseAttentionConfig, for the mosaic_gpu"
-            f" kernel ({implementation=})"
-        )
+    _check_config(config, SparseAttentionConfig, implementation)
 
     def mosaic_gpu() -> _Bound:
-        if cache.format != "fp8_ds_mla" or q.dtype != jnp.bfloat16:
-            raise NotImplementedError(
-                f"kv_cache format {cache.format} with {q.dtype=}: the mosaic_gpu kernel takes"
-                ' fp8_ds_mla and bfloat16 q; use implementation="xla"'
-            )
+        _check_kernel_takes(q, cache)
         return lambda q, data, topk_indices, topk_lens, attn_sink: sparse_attention_sm90(
             q,
             data,
@@ -142,6 +138,7 @@ def mla_decode(
     attn_sink: Float[Array, " num_q_heads"] | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
+    config: DenseDecodeConfig | None = None,
 ) -> Array | tuple[Array, Array]:
     """Dense paged MLA of each sequence's last `q_len` positions.
 
@@ -156,7 +153,8 @@ def mla_decode(
     any length, too.
 
     Args:
-      q: absorbed queries `ql_nope ++ q_pe`.
+      q: absorbed queries `ql_nope ++ q_pe`; bfloat16 for the kernel, float32 and float16 (computed
+        in float32) under "xla" too.
       kv_cache: a `LatentCache`, or its array, as in `mla_sparse_attention`.
       page_indices: int32 page table (FlashMLA's block_table); entries beyond `kv_lens` are never
         read and may hold anything. Keys of pages outside of the cache (-1) are skipped.
@@ -166,7 +164,8 @@ def mla_decode(
       sm_scale: multiplies the scores, see `mla_sparse_attention`.
       attn_sink: float32 logit per head; out is multiplied by `sigmoid(lse - attn_sink)`.
       return_lse: also return lse.
-      implementation: "xla" or None.
+      implementation: "xla", "mosaic_gpu" (Hopper, `fp8_ds_mla`, bfloat16 q) or None to choose.
+      config: overrides the kernel's own choice of tiles, wherever the kernel runs.
 
     Returns:
       out, of q's dtype, `[batch, q_len, num_q_heads, kv_lora_rank]`; with `return_lse` also lse,
@@ -182,6 +181,19 @@ def mla_decode(
     )
     sm_scale = _check_common(q, 4, "[batch, q_len, num_q_heads, {}]", cache, sm_scale, attn_sink)
     _check_pages(page_indices, kv_lens, q.shape[0])
+    _check_config(config, DenseDecodeConfig, implementation)
+
+    def mosaic_gpu() -> _Bound:
+        _check_kernel_takes(q, cache)
+        return lambda q, data, page_indices, kv_lens, attn_sink: dense_decode_sm90(
+            q,
+            data,
+            page_indices,
+            kv_lens,
+            sm_scale=sm_scale,
+            attn_sink=attn_sink,
+            config=config,
+        )
 
     def xla(q, data, page_indices, kv_lens, attn_sink):
         return reference.decode(
@@ -193,7 +205,6 @@ def mla_decode(
             attn_sink=attn_sink,
         )
 
-    mosaic_gpu = functools.partial(_no_kernel, "mla_decode")
     out, lse = dispatch(
         implementation, xla, mosaic_gpu, q, cache.data, page_indices, kv_lens, attn_sink
     )
@@ -343,6 +354,22 @@ def _check_pages(page_indices: Array, kv_lens: Array, batch: int) -> None:
     _check_indices("page_indices", page_indices, (batch, None), "[batch, pages_per_seq]")
     if page_indices.shape[1] < 1:
         raise ValueError(f"{page_indices.shape=} holds no page; give each sequence at least one")
+
+
+def _check_config(config: Any, expected: type, implementation: Implementation | None) -> None:
+    if config is not None and (implementation == "xla" or not isinstance(config, expected)):
+        raise ValueError(
+            f"{config=} must be None or a pallas_kernels.{expected.__name__}, for the mosaic_gpu"
+            f" kernel ({implementation=})"
+        )
+
+
+def _check_kernel_takes(q: Array, cache: LatentCache) -> None:
+    if cache.format != "fp8_ds_mla" or q.dtype != jnp.bfloat16:
+        raise NotImplementedError(
+            f"kv_cache format {cache.format} with {q.dtype=}: the mosaic_gpu kernel takes"
+            ' fp8_ds_mla and bfloat16 q; use implementation="xla"'
+        )
 
 
 def _check_indices(name: str, x: Array, shape: tuple[int | None, ...], meaning: str) -> None:

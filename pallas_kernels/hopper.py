@@ -394,6 +394,11 @@ def load_global(address: Reg, offset: int = 0, *, words: int = 1) -> list[Reg]:
     return _load("global.nc", address, offset, words, is_float=False)
 
 
+def prefetch_global(address: Reg) -> None:
+    """`prefetch.global.L2`: starts bringing the 128 bytes around an address to the L2 cache."""
+    _asm("prefetch.global.L2 [$0];", address, effects=True)
+
+
 def store_global(address: Reg, values: Sequence[Reg], offset: int = 0) -> None:
     """`st.global`: 1, 2 or 4 consecutive 32-bit words."""
     _store("global", address, offset, values)
@@ -461,6 +466,28 @@ def reduce_max_u32(x: Reg) -> Reg:
     return _asm(
         "redux.sync.max.u32 $0, $1, 0xffffffff;", x, out=_i32(), effects=True, convergent=True
     )
+
+
+def reduce_add_u32(x: Reg) -> Reg:
+    """`redux.sync.add.u32`: `jnp.sum(x)` over the warp."""
+    return _asm(
+        "redux.sync.add.u32 $0, $1, 0xffffffff;", x, out=_i32(), effects=True, convergent=True
+    )
+
+
+def cumulative_sum_u32(x: Reg) -> Reg:
+    """`jnp.cumsum(x)` over the warp's lanes, by five `shfl.sync.up`."""
+    for distance in (1, 2, 4, 8, 16):
+        x = _asm(
+            "{ .reg .b32 y; .reg .pred p;"
+            f" shfl.sync.up.b32 y|p, $1, {distance}, 0, 0xffffffff;"
+            " mov.b32 $0, $1; @p add.u32 $0, $0, y; }",
+            x,
+            out=_i32(),
+            effects=True,
+            convergent=True,
+        )
+    return x
 
 
 def population_count(x: Reg) -> Reg:
@@ -580,6 +607,29 @@ def for_loop(bound: Reg, init: Any, body: Callable[[Reg, Any], Any]) -> Any:
     with ir.InsertionPoint(loop.body):
         carry = jax.tree.unflatten(structure, [Reg(v) for v in loop.inner_iter_args])
         result, result_structure = _flatten(body(Reg(loop.induction_variable), carry))
+        if result_structure != structure:
+            raise TypeError(f"carry changed from {structure} to {result_structure}")
+        scf.yield_(result)
+    return jax.tree.unflatten(structure, [Reg(v) for v in loop.results])
+
+
+def while_loop(condition: Callable[[Any], Reg], body: Callable[[Any], Any], init: Any) -> Any:
+    """`lax.while_loop(condition, body, init)`; the carry is a nested list of registers."""
+    values, structure = _flatten(init)
+    types = [v.type for v in values]
+    loop = scf.WhileOp(types, values)
+
+    def block(region: ir.Region) -> ir.Block:
+        return ir.Block.create_at_start(region, types, [ir.Location.unknown()] * len(types))
+
+    before, after = block(loop.before), block(loop.after)
+    with ir.InsertionPoint(before):
+        carry = [Reg(v) for v in before.arguments]
+        again = condition(jax.tree.unflatten(structure, carry))
+        scf.condition(again.value, [r.value for r in carry])
+    with ir.InsertionPoint(after):
+        carry = jax.tree.unflatten(structure, [Reg(v) for v in after.arguments])
+        result, result_structure = _flatten(body(carry))
         if result_structure != structure:
             raise TypeError(f"carry changed from {structure} to {result_structure}")
         scf.yield_(result)

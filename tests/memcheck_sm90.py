@@ -2,14 +2,21 @@
 
     compute-sanitizer --tool memcheck python3 -m tests.memcheck_sm90
 
-Every head tile, ragged head counts, splits, both warpgroup counts, indices outside of the cache.
+Every head tile, ragged head counts, splits, both warpgroup counts, indices outside of the cache;
+dense: uneven and empty sequences, cut and whole, pages outside of the cache, drafts.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import SparseAttentionConfig, cache_write_sm90, sparse_attention_sm90
+from pallas_kernels import (
+    DenseDecodeConfig,
+    SparseAttentionConfig,
+    cache_write_sm90,
+    dense_decode_sm90,
+    sparse_attention_sm90,
+)
 
 # heads, (head_tile, num_splits, num_warpgroups, num_stages), topk
 SHAPES = (
@@ -20,6 +27,15 @@ SHAPES = (
     (24, (24, 1, 2, 2), 130),
     (32, (32, 2, 2, 1), 130),
     (40, (32, 2, 1, 3), 130),
+)
+
+# heads, q_len, (head_tile, num_ctas, num_warpgroups)
+DENSE_SHAPES = (
+    (8, 1, (8, 132, 1)),
+    (5, 1, (8, 3, 2)),
+    (16, 1, (16, 40, 2)),
+    (12, 2, (24, 7, 1)),
+    (20, 2, (32, 5, 2)),
 )
 
 
@@ -39,6 +55,19 @@ def main() -> None:
         )
         jax.block_until_ready((out, lse))
         print(f"{heads} heads, {config}: done", flush=True)
+    lens = jnp.array([560, 0, 3, 200, -1, 10**6], jnp.int32)
+    for heads, q_len, config in DENSE_SHAPES:
+        out, lse = dense_decode_sm90(
+            jnp.asarray(rng.normal(size=(6, q_len, heads, 576)), jnp.bfloat16),
+            cache,
+            jnp.asarray(rng.integers(-1, 11, (6, 10)), jnp.int32),
+            lens,
+            sm_scale=0.1,
+            attn_sink=jnp.ones(heads),
+            config=DenseDecodeConfig(*config),
+        )
+        jax.block_until_ready((out, lse))
+        print(f"dense, {heads} heads, {q_len=}, {config}: done", flush=True)
     slots = jnp.array([0, -1, 609, 610, 5, 2**31 - 1, -7], jnp.int32)
     for dtype in (jnp.bfloat16, jnp.float32):
         kv_c = jnp.asarray(rng.normal(size=(7, 512)), dtype)

@@ -420,7 +420,7 @@ def test_prefill_names_the_bad_argument():
 @pytest.mark.parametrize(
     ("op", "args"),
     [
-        (mla_decode, (Q[:, None], CACHE, INDICES, jnp.zeros(3, jnp.int32))),
+        (mla_decode, (Q[:, None].astype(jnp.float32), CACHE, INDICES, jnp.zeros(3, jnp.int32))),
         (mla_prefill, (Q, CACHE, INDICES, jnp.zeros(3, jnp.int32), jnp.zeros(4, jnp.int32))),
         (mla_sparse_attention, (Q.astype(jnp.float32), CACHE, INDICES)),
     ],

@@ -108,9 +108,10 @@ def test_by_default_hopper_attends_and_writes_with_kernels_alone():
     attend = jax.jit(lambda q: mla_sparse_attention(q, cache, indices, sm_scale=0.07))
     assert kernels_in(attend, q.astype(jnp.float32))[0] == 0
     table, lens = jnp.zeros((3, 1), jnp.int32), jnp.ones(3, jnp.int32)
-    assert (
-        kernels_in(lambda q: mla_decode(q[:, None], cache, table, lens, sm_scale=0.07), q)[0] == 0
-    )
+    decode = jax.jit(lambda q, cache: mla_decode(q[:, None], cache, table, lens, sm_scale=0.07))
+    assert kernels_in(decode, q, cache)[0] == 2  # attention and merge
+    assert kernels_in(decode, q.astype(jnp.float32), cache)[0] == 0
+    assert kernels_in(decode, q, operands("bfloat16")[-2])[0] == 0
 
 
 @pytest.mark.gpu
