@@ -12,8 +12,10 @@ its last one (the merge of split keys included), the median over calls of an unr
 one jit. Each call has an index set of its own, and a chain reads more than 110 MB of rows, twice
 the L2 cache. `e2e` is the chain's span per call, launch gaps included; ratios are of it. `TB/s`
 counts useful bytes; 2,048 tokens over a pool of 8,192 read every row many times, from L2, so their
-share of the memory's bandwidth is not shown. Sparse rows are checked against float32 attention (out
-and lse), cache writes against XLA's (every byte), before they are timed.
+share of the memory's bandwidth is not shown. Attention is checked against float32 attention (out
+and lse), cache writes against XLA's (every byte), before they are timed. Dense rows have a page
+table of their own for each call; "log-uniform" lengths are 256 to 16,384 tokens, and "their mean"
+is the same number of keys evenly spread.
 """
 
 import argparse
@@ -36,10 +38,10 @@ from jax import lax
 
 from benchmarks import plot
 from benchmarks.timing import Timing, time_chain
-from mla_jax import mla_sparse_attention
+from mla_jax import mla_decode, mla_sparse_attention
 from mla_jax.cache import LatentCache, quantize
 from mla_jax.heads import padded_num_heads
-from pallas_kernels import cache_write_sm90, layout, sparse_attention_sm90
+from pallas_kernels import cache_write_sm90, dense_decode_sm90, layout, sparse_attention_sm90
 from pallas_kernels.sparse_decode_sm90 import default_config
 
 HERE = pathlib.Path(__file__).parent
@@ -60,7 +62,13 @@ XLA_BATCHES = {8: (1, 8, 32, 64, 128), 16: (1, 8, 32, 64, 128), 64: (128,)}
 PREFILL_TOKENS, PREFILL_POOL_TOKENS = 2048, 8192
 CACHE_WRITE_TOKENS = (1, 128, 1024, 8192)
 PADDING_TOKENS = (1, 8, 32, 64, 128)
-KINDS = ("sparse", "cache_write", "padding")
+DENSE_SHAPES = (  # heads, q_len, batch, kv_len
+    *((16, 1, 128, 4096), (16, 1, 64, 16384), (16, 1, 32, 4096), (16, 1, 1, 131_072)),
+    *((16, 1, 8, 2048), (8, 1, 128, 4096), (64, 1, 128, 4096), (64, 1, 1, 131_072)),
+    *((128, 1, 128, 4096), (128, 2, 128, 4096)),
+)
+DENSE_WITH_XLA = ((16, 1, 128, 4096), (16, 1, 8, 2048))
+KINDS = ("sparse", "dense", "cache_write", "padding")
 CHAIN_BYTES = 110_000_000  # of cache rows; an H100's L2 cache holds 50 MB
 
 Row = dict[str, Any]
@@ -142,6 +150,21 @@ def kernel_attention(
 _float32_attention = jax.jit(xla_attention)
 
 
+def check_close(
+    actual: tuple[jax.Array, jax.Array], expected: tuple[jax.Array, jax.Array], what: str
+) -> None:
+    """Raises where (out, lse) are further from float32 than bfloat16 outputs are."""
+    (out, lse), (expected_out, expected_lse) = (
+        [np.asarray(x, np.float32) for x in pair] for pair in (actual, expected)
+    )
+    error = np.linalg.norm(out - expected_out) / np.linalg.norm(expected_out)
+    lse_error = np.max(np.abs(lse - expected_lse))
+    if not (error < 4e-3 and lse_error < 2e-3):
+        raise RuntimeError(
+            f"{error=:.1e}, {lse_error=:.1e} at {what}: the kernel is wrong, not timed"
+        )
+
+
 def check_sparse(
     cache: jax.Array,
     q: jax.Array,
@@ -151,17 +174,8 @@ def check_sparse(
     """Raises unless the chain's first and last call agree with float32 on a few tokens."""
     tokens = np.linspace(0, len(q) - 1, 4).astype(int)
     for (indices,), (out, lse) in ((fresh[0], results[0]), (fresh[-1], results[-1])):
-        expected, expected_lse = (
-            np.asarray(x, np.float32)
-            for x in _float32_attention(cache, q[tokens].astype(jnp.float32), indices[tokens])
-        )
-        actual = np.asarray(out[tokens], np.float32)
-        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-        lse_error = np.max(np.abs(np.asarray(lse[tokens]) - expected_lse))
-        if not (error < 4e-3 and lse_error < 2e-3):
-            raise RuntimeError(
-                f"{error=:.1e}, {lse_error=:.1e} at {q.shape=}: the kernel is wrong, not timed"
-            )
+        expected = _float32_attention(cache, q[tokens].astype(jnp.float32), indices[tokens])
+        check_close((out[tokens], lse[tokens]), expected, f"{q.shape=}")
 
 
 def sparse_row(heads: int, tokens: int, pool_tokens: int, *, with_xla: bool) -> Row:
@@ -193,6 +207,103 @@ def sparse_row(heads: int, tokens: int, pool_tokens: int, *, with_xla: bool) -> 
         xla = time_chain(xla_attention, (cache, q), fresh[:index_sets])
         row["xla_us"] = xla.end_to_end_us
     return row | recorded_flashmla(heads, tokens, pool_tokens)
+
+
+def make_page_table(seed: int, lens: Sequence[int], pool_tokens: int) -> jax.Array:
+    """Shuffled pages, different ones for every sequence."""
+    counts = [-(-length // PAGE_SIZE) for length in lens]
+    order = np.random.default_rng(200 + seed).permutation(pool_tokens // PAGE_SIZE)
+    table = np.zeros((len(lens), max(counts)), np.int32)
+    table[np.arange(max(counts)) < np.asarray(counts)[:, None]] = order[: sum(counts)]
+    return jnp.asarray(table)
+
+
+def xla_decode(
+    cache: jax.Array, q: jax.Array, lens: jax.Array, table: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    out, lse = mla_decode(
+        q, cache, table, lens, sm_scale=SM_SCALE, return_lse=True, implementation="xla"
+    )
+    return out, lse
+
+
+def kernel_decode(
+    cache: jax.Array, q: jax.Array, lens: jax.Array, table: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return dense_decode_sm90(q, cache, table, lens, sm_scale=SM_SCALE)
+
+
+_float32_decode = jax.jit(xla_decode)
+
+
+def check_dense(
+    cache: jax.Array,
+    q: jax.Array,
+    lens: jax.Array,
+    fresh: Sequence[tuple[jax.Array]],
+    results: Sequence[tuple[jax.Array, jax.Array]],
+) -> None:
+    """Raises unless the chain's first and last call agree with float32 on a few sequences."""
+    some = np.unique([*np.linspace(0, len(q) - 1, 3).astype(int), int(jnp.argmax(lens))])
+    for (table,), (out, lse) in ((fresh[0], results[0]), (fresh[-1], results[-1])):
+        expected = _float32_decode(cache, q[some].astype(jnp.float32), lens[some], table[some])
+        check_close((out[some], lse[some]), expected, f"{q.shape=}")
+
+
+def dense_row(heads: int, q_len: int, lens: Sequence[int], name: str, *, with_xla: bool) -> Row:
+    keys = sum(lens)
+    pages = sum(-(-length // PAGE_SIZE) for length in lens)
+    pool_tokens = max(POOL_TOKENS, -(-pages // 1024) * 1024 * PAGE_SIZE)
+    cache = make_cache(pool_tokens)
+    shape = (len(lens), q_len, heads, layout.LATENT_DIM)
+    q = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
+    table_sets = max(2, CHAIN_BYTES // (keys * layout.FP8_ROW_BYTES) + 1)
+    calls = max(table_sets, 5)
+    fresh = [(make_page_table(i, lens, pool_tokens),) for i in range(calls)]
+    kv_lens = jnp.asarray(lens, jnp.int32)
+    verify = functools.partial(check_dense, cache, q, kv_lens, fresh)
+    timing = time_chain(kernel_decode, (cache, q, kv_lens), fresh, verify=verify)
+    row = {
+        "op": "dense",
+        "heads": heads,
+        "batch": len(lens),
+        "kv_len": max(lens),
+        "lengths": name,
+        "q_len": q_len,
+        "pool_tokens": pool_tokens,
+        "index_sets": calls,
+        **times(timing),
+        "kernels_us": [us for _, us in timing.kernels],
+        "bytes": keys * layout.FP8_ROW_BYTES + 2 * len(lens) * q_len * heads * (576 + 512),
+        "flops": 2 * keys * q_len * heads * (576 + 512),
+    }
+    if with_xla:
+        xla = time_chain(xla_decode, (cache, q, kv_lens), fresh[:table_sets])
+        row["xla_us"] = xla.end_to_end_us
+        # The same op on a bfloat16 cache, for which there is no kernel.
+        key = jax.random.key(3)
+        bf16_cache = jax.random.normal(key, (*cache.shape[:2], layout.LATENT_DIM), jnp.bfloat16)
+        xla = time_chain(xla_decode, (bf16_cache, q, kv_lens), fresh[:table_sets])
+        row["xla_bfloat16_cache_us"] = xla.end_to_end_us
+    return row | recorded_dense_flashmla(heads, q_len, lens)
+
+
+def uneven_lengths() -> list[int]:
+    lens = np.exp(np.random.default_rng(0).uniform(np.log(256), np.log(16384), 128))
+    return lens.astype(int).tolist()
+
+
+def recorded_dense_flashmla(heads: int, q_len: int, lens: Sequence[int]) -> Row:
+    """FlashMLA's recorded time on a bfloat16 cache; that of 16 heads for 8, which it has not."""
+    peers = json.loads((HERE / "peers.json").read_text())
+    shape = (max(heads, 16), q_len, len(lens), lens[0])
+    if len(set(lens)) > 1:
+        return {}
+    for x in peers["dense_bf16_decode"]:
+        if (x["h"], x.get("s_q", 1), x["b"], x["kv_len"]) == shape:
+            note = {"flashmla_note": "bfloat16 cache" + (", 16 heads" if heads < 16 else "")}
+            return {"flashmla_us": x["us"]} | note
+    return {}
 
 
 def recorded_flashmla(heads: int, tokens: int, pool_tokens: int) -> Row:
@@ -295,6 +406,17 @@ def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
     for heads in (8, 16):
         yield from decode(heads)
         yield "sparse", sparse(heads, PREFILL_TOKENS, PREFILL_POOL_TOKENS, heads == 8)
+    for heads, q_len, batch, kv_len in DENSE_SHAPES:
+        with_xla = (heads, q_len, batch, kv_len) in DENSE_WITH_XLA
+        lens = [kv_len] * batch
+        yield (
+            "dense",
+            functools.partial(dense_row, heads, q_len, lens, "equal", with_xla=with_xla),
+        )
+    uneven = uneven_lengths()
+    mean = sum(uneven) // len(uneven)
+    for lens, name in ((uneven, "log-uniform"), ([mean] * len(uneven), "their mean")):
+        yield "dense", functools.partial(dense_row, 16, 1, lens, name, with_xla=False)
     for tokens in CACHE_WRITE_TOKENS:
         yield "cache_write", functools.partial(cache_write_row, tokens)
     for padded in layout.HEAD_TILES:
@@ -311,7 +433,7 @@ def complete(row: Row, ceilings: dict[str, float]) -> Row:
     """Adds rates and ratios."""
     row["TBps"] = row["bytes"] / row["us"] / 1e6
     if row.get("pool_tokens") != PREFILL_POOL_TOKENS:  # such a pool's rows come from L2
-        ceiling = ceilings["read_TBps" if row["op"] == "sparse" else "copy_TBps"]
+        ceiling = ceilings["read_TBps" if row["op"] in ("sparse", "dense") else "copy_TBps"]
         row["percent_of_bandwidth"] = 100 * row["TBps"] / ceiling
     if "flops" in row:
         row["TFLOPps"] = row["flops"] / row["us"] / 1e6
@@ -326,6 +448,7 @@ COLUMNS = (
     ("op", "op", "{:>11}"),
     ("heads", "heads", "{:>5}"),
     ("batch", "tokens", "{:>6}"),
+    ("kv_len", "kv_len", "{:>6}"),
     ("pool_tokens", "pool", "{:>7}"),
     ("us", "us", "{:>8.1f}"),
     ("end_to_end_us", "e2e us", "{:>8.1f}"),
@@ -346,6 +469,10 @@ def format_row(row: Row | None) -> str:
             cells.append(title.rjust(width))
         else:
             cells.append((form.format(row[key]) if key in row else "-").rjust(width))
+    if row is not None and row.get("q_len", 1) > 1:
+        cells.append(f"q_len {row['q_len']}")
+    if row is not None and row.get("lengths", "equal") != "equal":
+        cells.append(row["lengths"])
     if row is not None and "padded_to" in row:
         cells.append(f"padded to {row['padded_to']}")
     if row is not None and not row.get("spans", True):

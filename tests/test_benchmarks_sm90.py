@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import __main__ as command
@@ -52,6 +53,29 @@ def test_recorded_figure_includes_the_padding_where_it_pads(heads, batch, expect
     assert command.recorded_flashmla(heads, 77, command.POOL_TOKENS) == {}
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((16, 1, [4096] * 128), 209.8),
+        ((8, 1, [4096] * 128), 209.8),
+        ((128, 2, [4096] * 128), 486.9),
+        ((16, 1, [4096, 1]), None),
+        ((16, 1, [4095] * 128), None),
+    ],
+    ids=str,
+)
+def test_recorded_dense_figure_is_of_the_same_shape(shape, expected):
+    assert command.recorded_dense_flashmla(*shape).get("flashmla_us") == expected
+
+
+def test_page_tables_use_no_page_twice():
+    table = np.asarray(command.make_page_table(0, [100, 64, 1], 64 * 8))
+    assert table.shape == (3, 2)
+    used = [*table[0], table[1, 0], table[2, 0]]
+    assert len(set(used)) == len(used)
+    assert max(used) < 8
+
+
 def test_draws_the_plot_from_the_results_alone(tmp_path):
     rows = [
         {
@@ -66,7 +90,10 @@ def test_draws_the_plot_from_the_results_alone(tmp_path):
         for heads in plot.HEADS
         for batch in (1, 128)
     ]
-    report = {"device": "test", "ceilings": {"read_TBps": 3.0}, "rows": rows}
+    dense = {"op": "dense", "heads": 16, "batch": 8, "kv_len": 2048, "lengths": "equal"}
+    dense |= {"us": 10.0, "end_to_end_us": 11.0, "flashmla_us": 16.7, "bytes": 10**7}
     results = tmp_path / "results.json"
-    results.write_text(json.dumps(report))
-    assert plot.draw(results).stat().st_size > 1000
+    for shown in (rows, [*rows, dense, dense | {"lengths": "log-uniform"}]):
+        report = {"device": "test", "ceilings": {"read_TBps": 3.0}, "rows": shown}
+        results.write_text(json.dumps(report))
+        assert plot.draw(results).stat().st_size > 1000

@@ -432,7 +432,7 @@ def test_inside_while_loop_and_shard_map():
     heads = P(None, None, "model", None)
     out_specs = (heads, P(None, None, "model"))
     sharded = jax.shard_map(looped, mesh=mesh, in_specs=heads, out_specs=out_specs, check_vma=False)
-    expected = q
+    expected, lse = q, None
     for i in range(4):
         expected, lse = jax.jit(step)(i, expected)
     out, looped_lse = jax.jit(sharded)(q)

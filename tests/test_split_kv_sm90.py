@@ -116,8 +116,9 @@ def recorded(split, kv_lens, most):
 
     def kernel(kv_lens_gmem, out_gmem, segments_gmem):
         @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, plgpu.Layout.WG_SPLAT))
-        def inline(ctx, lens, out, owners, cta):
+        def inline(ctx, *args):
             del ctx
+            lens, out, owners, cta = args
             cta = hw.Reg(cta.registers.item())
             row = hw.element_address(hw.global_address(out), cta, most * len(FIELDS) * 4)
             with hw.when(hw.thread_index().eq(0)):
