@@ -32,16 +32,18 @@ def merge_partials_sm90(
     partial_lse: jax.Array,
     attn_sink: jax.Array | None = None,
     *,
+    partial_unit: jax.Array | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Merges the partial attention results of each (token, head).
 
     Args:
-      partial_out: float32 `[tokens, splits, heads, dim]`; 0 for a split without a key. `dim` is a
-        multiple of 128.
+      partial_out: float32 or float16 `[tokens, splits, heads, dim]`; 0 for a split without a key.
+        `dim` is a multiple of 128.
       partial_lse: float32 `[tokens, splits, heads]`, natural log; -inf for a split without a key.
       attn_sink: float32 `[heads]`, one more term `exp(attn_sink)` of the denominator that carries
         no value: `out` is multiplied by `sigmoid(lse - attn_sink)`, `lse` is unchanged.
+      partial_unit: float32 `[tokens, splits, heads]`: `partial_out` is in this unit.
       interpret: run on the CPU, in Pallas' interpreter.
 
     Returns:
@@ -58,14 +60,21 @@ def merge_partials_sm90(
             f"{partial_lse.shape=} must be {(tokens, num_splits, num_heads)}, the leading"
             f" dimensions of {partial_out.shape=}"
         )
+    if partial_unit is not None and partial_unit.shape != partial_lse.shape:
+        raise ValueError(f"{partial_unit.shape=} must be {partial_lse.shape}, as partial_lse")
     if dim % _WARPGROUP:
         raise NotImplementedError(f"{dim=} must be a multiple of {_WARPGROUP}")
     num_chunks = _num_chunks(tokens * num_heads, dim)
     columns = dim // num_chunks
+    given = {} if partial_unit is None else {"unit": partial_unit}
+    if attn_sink is not None:
+        given["sink"] = attn_sink.astype(jnp.float32)
+    names, operands = tuple(given), [partial_out, partial_lse, *given.values()]
     row_layout = plgpu.Layout.WG_STRIDED((columns,), vec_size=columns // _WARPGROUP)
 
     def merge_partials_kernel(partial_out_gmem, partial_lse_gmem, *rest):
-        *sink_gmem, out_gmem, lse_gmem = rest
+        *optional, out_gmem, lse_gmem = rest
+        optional = dict(zip(names, optional, strict=True))
         cta = lax.axis_index("cta")
         row, chunk = cta // num_chunks, cta % num_chunks
         token, head = row // num_heads, row % num_heads
@@ -80,19 +89,23 @@ def merge_partials_sm90(
         maximum = functools.reduce(jnp.maximum, lses, jnp.float32(_NO_MAXIMUM))
         weights = [jnp.exp(lse - maximum) for lse in lses]
         denominator = functools.reduce(lax.add, weights)
+        factors = weights
+        if "unit" in optional:
+            factors = [w * optional["unit"][token, k, head] for k, w in enumerate(weights)]
         total = functools.reduce(
-            lax.add, [part * weight for part, weight in zip(parts, weights, strict=True)]
+            lax.add,
+            [
+                part.astype(jnp.float32) * factor
+                for part, factor in zip(parts, factors, strict=True)
+            ],
         )
         normalizer = denominator
-        if sink_gmem:
-            normalizer = denominator + jnp.exp(sink_gmem[0][head] - maximum)
+        if "sink" in optional:
+            normalizer = denominator + jnp.exp(optional["sink"][head] - maximum)
         inverse = jnp.where(denominator > 0, 1 / normalizer, 0.0)
         out_gmem[token, head, dims] = (total * inverse).astype(out_gmem.dtype)
         lse_gmem[token, head] = maximum + jnp.log(denominator)
 
-    operands = [partial_out, partial_lse]
-    if attn_sink is not None:
-        operands.append(attn_sink.astype(jnp.float32))
     out, lse = plgpu.kernel(
         merge_partials_kernel,
         out_type=[

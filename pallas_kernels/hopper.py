@@ -25,8 +25,9 @@ index in the lower half of the register):
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -130,6 +131,9 @@ class Reg:
 
     def __or__(self, other: "Reg | int") -> "Reg":
         return Reg(arith.ori(self.value, self._operand(other)))
+
+    def __xor__(self, other: "Reg | int") -> "Reg":
+        return Reg(arith.xori(self.value, self._operand(other)))
 
     def __lshift__(self, other: "Reg | int") -> "Reg":
         return Reg(arith.shli(self.value, self._operand(other)))
@@ -239,6 +243,11 @@ def fma(a: Reg, b: Reg, c: Reg) -> Reg:
     return _asm("fma.rn.f32 $0, $1, $2, $3;", a, b, c, out=_f32())
 
 
+def multiply(a: Reg, b: Reg) -> Reg:
+    """`mul.rn.f32`: `a * b`, rounded; unlike the operator's, never part of an fma."""
+    return _asm("mul.rn.f32 $0, $1, $2;", a, b, out=_f32())
+
+
 def maximum(a: Reg, b: Reg) -> Reg:
     """`max.f32`: `jnp.fmax(a, b)` (a NaN operand is ignored)."""
     return _asm("max.f32 $0, $1, $2;", a, b, out=_f32())
@@ -322,6 +331,11 @@ def bf16x2_to_f32(pair: Reg) -> tuple[Reg, Reg]:
 def multiply_f16x2(a: Reg, b: Reg) -> Reg:
     """`mul.rn.f16x2`: elementwise product of two float16 pairs."""
     return _asm("mul.rn.f16x2 $0, $1, $2;", a, b, out=_i32())
+
+
+def multiply_bf16x2(a: Reg, b: Reg) -> Reg:
+    """`mul.rn.bf16x2`: elementwise product of two bfloat16 pairs."""
+    return _asm("mul.rn.bf16x2 $0, $1, $2;", a, b, out=_i32())
 
 
 def maximum_u16x2(a: Reg, b: Reg) -> Reg:
@@ -415,6 +429,20 @@ def load_matrices_transposed(row_address: Reg, offset: int = 0) -> list[Reg]:
         row_address,
         out=[_i32()] * 4,
         effects=True,
+        convergent=True,
+    )
+
+
+def store_matrices_transposed(row_address: Reg, values: Sequence[Reg]) -> None:
+    """`stmatrix.x4.trans`: four 8 x 8 matrices of 16-bit elements, transposed.
+
+    The inverse of `load_matrices_transposed`: lane `8 i + r` gives the address of row r of the
+    stored matrix i, whose `[2c:2c+2, g]` is register i of a lane.
+    """
+    _asm(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};",
+        row_address,
+        *values,
         convergent=True,
     )
 
@@ -514,6 +542,107 @@ def mma_m16n8k16(c: Sequence[Reg], a: Sequence[Reg], b: Sequence[Reg], dtype: st
     )
 
 
+# -------------------------------------------------------------------------- warpgroup collectives
+
+
+def _asm_in_place(text: str, in_place: Sequence[Reg], operands: Sequence[Reg]) -> list[Reg]:
+    """Inline PTX that updates registers: `$0`, `$1`, ... are `in_place`, then the operands.
+
+    Asynchronous instructions need it: their accumulators must stay where they are.
+    """
+    if not in_place:
+        _asm(text, *operands, effects=True, convergent=True)
+        return []
+    n = len(in_place)
+    # LLVM numbers the tied inputs, too.
+    text = re.sub(r"\$(\d+)", lambda m: f"${int(m[1]) + n * (int(m[1]) >= n)}", text)
+    letters = {"f32": "f", "i32": "r", "i64": "l"}
+    constraints = [
+        *("=" + letters[str(r.type)] for r in in_place),
+        *map(str, range(n)),
+        *(letters[str(r.type)] for r in operands),
+    ]
+    values = [r.value for r in (*in_place, *operands)]
+    types = [r.type for r in in_place]
+    result = llvm.inline_asm(
+        types[0] if n == 1 else llvm.StructType.get_literal(types),
+        values,
+        text,
+        ",".join(constraints),
+        has_side_effects=True,
+        convergent=True,
+    )
+    if n == 1:
+        return [Reg(result)]
+    return [Reg(llvm.extractvalue(t, result, [i])) for i, t in enumerate(types)]
+
+
+def matrix_descriptor(address: Reg) -> Reg:
+    """`wgmma`'s 64-bit name of a B operand in shared memory, at a multiple of 1024 bytes.
+
+    The operand is `[64 n, 64 k]` of 16-bit elements, a row of 128 bytes per n, in the 128-byte
+    swizzle: 16-byte piece j of row n lies at piece `j ^ (n % 8)`.
+    """
+    swizzle_128, stride_of_8_rows = 1 << 62, 1024 >> 4
+    return u64((address & 0x3FFFF) >> 4) | (swizzle_128 | stride_of_8_rows << 32 | 1 << 16)
+
+
+class WgmmaStep(NamedTuple):
+    """One `wgmma.m64n64k16`: `accumulators[target] += A @ B`."""
+
+    target: int
+    a: Sequence[Reg]
+    offset: int  # bytes from the descriptor's address to B's first column, a multiple of 16
+
+
+def wgmma_m64n64k16(
+    accumulators: Sequence[Sequence[Reg]], b: Reg, steps: Sequence[WgmmaStep], dtype: str
+) -> list[list[Reg]]:
+    """Starts a group of `wgmma.mma_async` of `dtype` "f16" or "bf16", in order.
+
+    Warp w of the warpgroup holds rows 16 w .. 16 w + 15: of A as `mma_m16n8k16`'s A fragment, of an
+    accumulator `[64, 64]` as 8 of its C fragments side by side. Nothing of either may be touched
+    before `wgmma_wait`. An empty accumulator is a new one, from zero. `b` is a `matrix_descriptor`;
+    the 16 columns of k-step s begin at offset `32 * s`.
+    """
+    zero = f32(0.0)
+    fresh = [not acc for acc in accumulators]
+    flat = [r for acc in accumulators for r in (list(acc) or [zero] * 32)]
+    operands = [b]
+    # The additions are in here, so that LLVM does not keep every descriptor in registers.
+    lines = ["wgmma.fence.sync.aligned;"]
+    for step in steps:
+        acc = ", ".join(f"${32 * step.target + i}" for i in range(32))
+        first = len(flat) + len(operands)
+        a = ", ".join(f"${first + i}" for i in range(4))
+        operands += step.a
+        accumulate = int(not fresh[step.target])
+        fresh[step.target] = False
+        lines.append(
+            f"setp.ne.b32 p, {accumulate}, 0; add.s64 d, ${len(flat)}, {step.offset >> 4};"
+            f" wgmma.mma_async.sync.aligned.m64n64k16.f32.{dtype}.{dtype}"
+            f" {{{acc}}}, {{{a}}}, d, p, 1, 1, 0;"
+        )
+    lines.append("wgmma.commit_group.sync.aligned;")
+    text = "{ .reg .pred p; .reg .b64 d; " + " ".join(lines) + " }"
+    flat = _asm_in_place(text, flat, operands)
+    return [flat[32 * i : 32 * i + 32] for i in range(len(accumulators))]
+
+
+def wgmma_wait(pending: int, registers: Sequence[Reg] = ()) -> list[Reg]:
+    """`wgmma.wait_group`: until at most `pending` of the newest groups are unfinished.
+
+    `registers` are the finished accumulators; only what is returned may be read.
+    """
+    return _asm_in_place(f"wgmma.wait_group.sync.aligned {pending};", registers, [])
+
+
+def set_max_registers(count: int, *, increase: bool) -> None:
+    """`setmaxnreg`: registers of a thread of this warpgroup from here on, a multiple of 8."""
+    action = "inc" if increase else "dec"
+    _asm(f"setmaxnreg.{action}.sync.aligned.u32 {count};", effects=True, convergent=True)
+
+
 # ------------------------------------------------------------- barriers and asynchronous copies
 
 
@@ -535,6 +664,20 @@ def named_barrier(index: Reg, threads: int) -> None:
     _asm(f"bar.sync $0, {threads};", index, effects=True, convergent=True)
 
 
+def named_barrier_any(index: Reg, threads: int, condition: Reg) -> Reg:
+    """`bar.red.or`: like `named_barrier`; returns `jnp.any(condition)` over all the threads."""
+    result = _asm(
+        "{ .reg .pred p, q; setp.ne.s32 p, $2, 0;"
+        f" bar.red.or.pred q, $1, {threads}, p; selp.b32 $0, 1, 0, q; }}",
+        index,
+        Reg(arith.extui(_i32(), condition.value)),
+        out=_i32(),
+        effects=True,
+        convergent=True,
+    )
+    return result.ne(0)
+
+
 def mbarrier_init(barrier: Reg, arrivals: int) -> None:
     """`mbarrier.init`: a phase completes after `arrivals` arrivals and all announced bytes."""
     _asm(f"mbarrier.init.shared::cta.b64 [$0], {arrivals};", barrier)
@@ -543,6 +686,11 @@ def mbarrier_init(barrier: Reg, arrivals: int) -> None:
 def mbarrier_arrive_expect(barrier: Reg, num_bytes: Reg) -> None:
     """`mbarrier.arrive.expect_tx`: one arrival that announces `num_bytes` of async copies."""
     _asm("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", barrier, num_bytes)
+
+
+def mbarrier_arrive(barrier: Reg) -> None:
+    """`mbarrier.arrive`: one arrival."""
+    _asm("mbarrier.arrive.shared::cta.b64 _, [$0];", barrier)
 
 
 def mbarrier_wait(barrier: Reg, parity: Reg) -> None:

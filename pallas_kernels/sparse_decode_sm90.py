@@ -1,20 +1,21 @@
-"""Top-k sparse MLA over the `fp8_ds_mla` cache on Hopper, natively for few heads per device.
+"""Top-k sparse MLA over the `fp8_ds_mla` cache on Hopper, for 1 to 128 heads per device.
 
 For one query token, all its heads, and the cache rows that `topk_indices` names:
 
     s = sm_scale * q . [kv_c, k_pe]      out = softmax(s) @ kv_c      lse = log(sum(exp(s)))
 
-A CTA takes (token, head group of 8 to 32 heads, split of the keys) and runs `WarpAttention`, where
-layout, numerics and budgets are described; with more than one split, `combine_sm90` merges. This
-file says which rows a warp takes, and how the work is divided.
+A CTA takes (token, head group, split of the keys). With up to 32 heads it runs `WarpAttention`, in
+groups of 8 to 32; with more, `WarpgroupAttention`, in groups of 64. Layout, numerics and budgets
+are described there; with more than one split, `combine_sm90` merges. This file says which rows a
+warp takes, and how the work is divided.
 
 Roofline (H100)
 --------
-Memory binds up to 24 heads. A kernel that only gathers random 656-byte rows reaches 2.40 TB/s, 0.27
-ns a row for the whole GPU: 68 to 72 us for 128 tokens x 2,048 keys, where this kernel takes 68. Its
-compute is 2.4 us per 128 rows and SM (8 heads, rows in L2) against about 4.3 us for memory; at 32
-heads it is 5.2 us and binds. At 1 to 8 tokens latency binds: start 1.2 us, a round 1.7 us, merge
-1.1 us, the second kernel 1.5 to 2 us.
+Memory binds up to 64 heads. A kernel that only gathers random 656-byte rows reaches 2.40 TB/s, 0.27
+ns a row for the whole GPU: 68 to 72 us for 128 tokens x 2,048 keys, where 8 heads take 68 and 64
+heads 93. The compute of 8 heads is 2.4 us per 128 rows and SM (rows in L2) against about 4.3 us for
+memory, that of 32 or 64 heads 5.2. At 1 to 8 tokens latency binds: with few heads a start of 1.2
+us, a round of 1.7, the merge of a CTA's warps 1.1, the second kernel 1.5 to 2.
 """
 
 import dataclasses
@@ -37,6 +38,14 @@ from pallas_kernels.warp_attention_sm90 import (
     WarpAttention,
     WarpTiling,
 )
+from pallas_kernels.warpgroup_attention_sm90 import (
+    COLUMNS,
+    NUM_WARPGROUPS,
+    SMEM_BYTES,
+    STAGES,
+    TILE,
+    WarpgroupAttention,
+)
 
 MAX_SPLITS = 64
 """CTAs that can share the keys of one token."""
@@ -50,11 +59,12 @@ class SparseAttentionConfig:
     """How `sparse_attention_sm90` divides its work.
 
     Attributes:
-      head_tile: query heads per CTA, 8, 16, 24 or 32. More heads take several CTAs (head groups),
-        each of which reads the rows again.
+      head_tile: query heads per CTA: 8, 16, 24 or 32 (`WarpAttention`), or 64
+        (`WarpgroupAttention`). More heads take several CTAs (head groups), each of which reads the
+        rows again.
       num_splits: CTAs that share the keys of one token; above 1 a second kernel merges them.
-      num_warpgroups: 1 or 2 (4 or 8 warps per CTA).
-      num_stages: 16-token tiles that a warp keeps in flight, 1 to 4.
+      num_warpgroups: 1 or 2 (4 or 8 warps per CTA); 3 with `head_tile` 64.
+      num_stages: tiles in flight, 1 to 4 of 16 tokens per warp; 3 of 64 tokens with `head_tile` 64.
     """
 
     head_tile: int
@@ -68,50 +78,100 @@ class SparseAttentionConfig:
                 f"num_splits={self.num_splits} must be 1 to {MAX_SPLITS}: the merge holds one value"
                 " of each split in registers"
             )
-        _ = self.tiling  # checks the rest
+        if not self.is_wide:
+            _ = self.tiling  # checks the rest
+        elif (self.num_warpgroups, self.num_stages) != (NUM_WARPGROUPS, STAGES):
+            raise ValueError(
+                f"num_warpgroups={self.num_warpgroups}, num_stages={self.num_stages}: head_tile"
+                f" {COLUMNS} comes with {NUM_WARPGROUPS} and {STAGES}"
+            )
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether CTAs take 64 heads, by warpgroups."""
+        return self.head_tile == COLUMNS
 
     @property
     def tiling(self) -> WarpTiling:
-        """How a CTA's warps divide its keys."""
+        """How a CTA's warps divide its keys, with up to 32 heads."""
         return WarpTiling(self.head_tile, self.num_warpgroups, self.num_stages)
 
     @property
     def tokens_per_round(self) -> int:
         """Keys that one CTA takes per iteration of its main loop."""
-        return self.tiling.tokens_per_round
+        return TILE if self.is_wide else self.tiling.tokens_per_round
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of one CTA."""
-        return self.tiling.smem_bytes
+        return SMEM_BYTES if self.is_wide else self.tiling.smem_bytes
 
     @property
     def ctas_per_sm(self) -> int:
         """CTAs that fit on an SM."""
-        return self.tiling.ctas_per_sm
+        return 1 if self.is_wide else self.tiling.ctas_per_sm
 
 
 def default_config(tokens: int, num_heads: int, topk: int) -> SparseAttentionConfig:
-    """What measured, or is estimated to be, fastest for these shapes on an H100."""
+    """What measured, or is estimated to be, fastest for these shapes on an H100.
+
+    Up to 32 heads share a CTA of `WarpAttention`. More take CTAs of 64, except where so few tokens
+    are there that the shorter start of smaller groups counts (64 heads, 1 token: 10.7 us against
+    11.1; 8 tokens: 21.7 against 16.3).
+    """
+    candidates = _few_heads_configs(tokens, num_heads, topk)
+    if num_heads > CTA_HEAD_TILES[-1]:
+        candidates += [
+            SparseAttentionConfig(COLUMNS, num_splits, NUM_WARPGROUPS, STAGES)
+            for num_splits in _SPLITS
+            if (num_splits - 1) * TILE < topk
+        ]
+    return min(candidates, key=lambda config: estimated_us(config, tokens, num_heads, topk))
+
+
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+def _few_heads_configs(tokens: int, num_heads: int, topk: int) -> list[SparseAttentionConfig]:
     groups = -(-num_heads // CTA_HEAD_TILES[-1])
     head_tile = -(-num_heads // groups // HEAD_BLOCK) * HEAD_BLOCK
     if tokens * groups >= 4 * hw.NUM_SMS:
         # Many waves: no splits, whose partial results would only take memory. Two small CTAs on an
         # SM hide each other's start and end (2,048 tokens, 8 heads: 593 us against 658).
         small = SparseAttentionConfig(head_tile, num_warpgroups=1)
-        return small if small.ctas_per_sm > 1 else SparseAttentionConfig(head_tile)
-    candidates = [
+        return [small if small.ctas_per_sm > 1 else SparseAttentionConfig(head_tile)]
+    return [
         config
         for num_warpgroups in (2, 1)
-        for num_splits in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+        for num_splits in _SPLITS
         if (config := SparseAttentionConfig(head_tile, num_splits, num_warpgroups))
         and (num_splits - 1) * config.tokens_per_round < topk
     ]
-    return min(candidates, key=lambda config: estimated_us(config, tokens, num_heads, topk))
 
 
 def estimated_us(config: SparseAttentionConfig, tokens: int, num_heads: int, topk: int) -> float:
-    """Time on an H100 by a model fitted to 50 measured configurations, mostly within 10%.
+    """Time on an H100 by models fitted to measured configurations, mostly within 10%."""
+    if config.is_wide:
+        return _estimated_wide_us(config, tokens, num_heads, topk)
+    return _estimated_few_heads_us(config, tokens, num_heads, topk)
+
+
+def _estimated_wide_us(
+    config: SparseAttentionConfig, tokens: int, num_heads: int, topk: int
+) -> float:
+    """A CTA takes a fixed time and a time per tile, waves follow each other; 10 measurements."""
+    waves = -(-tokens * -(-num_heads // COLUMNS) * config.num_splits // hw.NUM_SMS)
+    attend_us = waves * (8.0 + 2.6 * -(-topk // (config.num_splits * TILE)))
+    if config.num_splits == 1:
+        return attend_us
+    partial_bytes = 2.0 * tokens * num_heads * config.num_splits * layout.KV_LORA_RANK
+    return attend_us + 1.2 + 0.025 * config.num_splits + partial_bytes / 4.0e6
+
+
+def _estimated_few_heads_us(
+    config: SparseAttentionConfig, tokens: int, num_heads: int, topk: int
+) -> float:
+    """A model of 50 measured configurations.
 
     A CTA takes a fixed time, plus two that overlap, but not fully (hence the 4-norm): the latency
     of its rounds of tiles, and the time of all keys of its wave at the bandwidth of the gather.
@@ -157,80 +217,136 @@ class _Problem(NamedTuple):
     topk: int
     num_slots: int  # of the cache
     sm_scale: float
-    has_lens: bool
-    has_sink: bool
 
 
-class _Cta(WarpAttention):
-    """The code of one CTA: (token, head group, split) = `program`."""
+class _Keys:
+    """Which keys a CTA, (token, head group, split) = `program`, takes, and where results go."""
+
+    # Of `WarpAttention` and `WarpgroupAttention`.
+    lane: Reg
+    row_warp: Reg
 
     def __init__(
         self, config: SparseAttentionConfig, problem: _Problem, refs: dict[str, Any], program: Reg
     ) -> None:
         self.config, self.problem = config, problem
         groups = -(-problem.num_heads // config.head_tile)
+        self.group = program % groups
         self.split = program // groups % config.num_splits
         self.token = program // (groups * config.num_splits)
-        super().__init__(
-            config.tiling,
-            smem=hw.shared_address(refs["smem"]),
-            kv_cache=hw.global_address(refs["kv_cache"]),
-            num_slots=problem.num_slots,
-            rows_per_copy=1,
-            num_columns=problem.num_heads,
-            first_column=program % groups * config.head_tile,
-            sm_scale=problem.sm_scale,
-        )
-        self.q, self.indices, self.out, self.lse = (
-            hw.global_address(refs[name]) for name in ("q", "indices", "out", "lse")
-        )
-        self.sink = hw.global_address(refs["sink"]) if problem.has_sink else None
+        self.address = {
+            name: hw.global_address(ref) for name, ref in refs.items() if name != "smem"
+        }
         self.out_row = (self.token * config.num_splits + self.split) * problem.num_heads
 
         self.length = hw.u32(problem.topk)
-        if problem.has_lens:
-            lens = hw.global_address(refs["lens"])
+        if "lens" in refs:
+            lens = self.address["lens"]
             (length,) = hw.load_global(hw.element_address(lens, self.token, 4))
             negative = (length >> 31).ne(0)
             self.length = hw.select(negative, hw.u32(0), hw.minimum(length, problem.topk))
         # Tiles go round the warps of all splits, so that a short list is shared evenly.
+        self.row_warps = config.tokens_per_round // TOKEN_TILE
         round_tokens = config.num_splits * config.tokens_per_round
         self.num_rounds = (
             self.length + (round_tokens - 1) - self.split * config.tokens_per_round
         ) // round_tokens
 
+    def common(self, refs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of either base class."""
+        problem = self.problem
+        return {
+            "smem": hw.shared_address(refs["smem"]),
+            "kv_cache": self.address["kv_cache"],
+            "num_slots": problem.num_slots,
+            "rows_per_copy": 1,
+            "num_columns": problem.num_heads,
+            "first_column": self.group * self.config.head_tile,
+            "sm_scale": problem.sm_scale,
+        }
+
     def load_slot(self, t: Reg | int) -> Reg:
         """Warps take the list's tiles in turns, all splits' warps together."""
         t = hw.u32(t) if isinstance(t, int) else t
-        tile = (t * self.config.num_splits + self.split) * self.tiling.num_warps + self.warp
+        tile = (t * self.config.num_splits + self.split) * self.row_warps + self.row_warp
         position = tile * TOKEN_TILE + (self.lane & (TOKEN_TILE - 1))
-        row = hw.element_address(self.indices, self.token, 4 * self.problem.topk)
+        row = hw.element_address(self.address["indices"], self.token, 4 * self.problem.topk)
         address = hw.element_address(row, hw.minimum(position, self.problem.topk - 1), 4)
         (slot,) = hw.load_global(address)
         return hw.select(position < self.length, slot, hw.u32(-1))
 
     def query_address(self, column: Reg) -> Reg:
         row = self.token * self.problem.num_heads + column
-        return hw.element_address(self.q, row, 2 * layout.LATENT_DIM)
+        return hw.element_address(self.address["q"], row, 2 * layout.LATENT_DIM)
 
     def load_sink(self, column: Reg) -> Reg | None:
-        if self.sink is None:
+        if "sink" not in self.address:
             return None
-        (sink,) = hw.load_global(hw.element_address(self.sink, column, 4))
+        (sink,) = hw.load_global(hw.element_address(self.address["sink"], column, 4))
         return hw.as_f32(sink)
 
     def store_lse(self, column: Reg, lse: Reg) -> None:
-        hw.store_global(hw.element_address(self.lse, self.out_row + column, 4), [lse])
+        hw.store_global(hw.element_address(self.address["lse"], self.out_row + column, 4), [lse])
 
     def store_out(self, column: Reg, dim: Reg, pair: list[Reg]) -> None:
-        final = self.config.num_splits == 1
-        itemsize = 2 if final else 4
-        row = hw.element_address(self.out, self.out_row + column, layout.KV_LORA_RANK * itemsize)
-        values = [hw.bf16x2(*pair)] if final else pair
+        dtype = _out_dtype(self.config)
+        itemsize = jnp.dtype(dtype).itemsize
+        row = hw.element_address(
+            self.address["out"], self.out_row + column, layout.KV_LORA_RANK * itemsize
+        )
+        values = {
+            jnp.bfloat16: lambda: [hw.bf16x2(*pair)],
+            jnp.float16: lambda: [hw.f16x2(*pair)],
+            jnp.float32: lambda: pair,
+        }[dtype]()
         hw.store_global(row + hw.u64(dim * itemsize), values)
+
+
+class _FewHeads(_Keys, WarpAttention):
+    """A CTA of up to 32 heads."""
+
+    def __init__(
+        self, config: SparseAttentionConfig, problem: _Problem, refs: dict[str, Any], program: Reg
+    ) -> None:
+        _Keys.__init__(self, config, problem, refs, program)
+        WarpAttention.__init__(self, config.tiling, **self.common(refs))
 
     def run(self) -> None:
         self.attend(self.num_rounds, hw.u32(0), self.init_barriers)
+
+
+class _ManyHeads(_Keys, WarpgroupAttention):
+    """A CTA of 64 heads."""
+
+    def __init__(
+        self, config: SparseAttentionConfig, problem: _Problem, refs: dict[str, Any], program: Reg
+    ) -> None:
+        _Keys.__init__(self, config, problem, refs, program)
+        WarpgroupAttention.__init__(self, **self.common(refs))
+
+    def store_unit(self, column: Reg, unit: Reg) -> Reg:
+        """Partial results are float16, and their unit lies beside them."""
+        if "unit" not in self.address:
+            return unit
+        address = hw.element_address(self.address["unit"], self.out_row + column, 4)
+        with hw.when(column < self.num_columns):
+            hw.store_global(address, [unit])
+        return hw.f32(1.0)
+
+    def run(self) -> None:
+        self.start()
+        first = hw.u32(0)
+        self.run_roles(
+            gather=lambda: self.gather_rows(self.num_rounds, first),
+            compute=lambda: self.attend(self.num_rounds, first),
+        )
+
+
+def _out_dtype(config: SparseAttentionConfig) -> Any:
+    """Final results are bfloat16. Partial ones of 64 heads are many: float16 halves their bytes."""
+    if config.num_splits == 1:
+        return jnp.bfloat16
+    return jnp.float16 if config.is_wide else jnp.float32
 
 
 # ---------------------------------------------------------------------------------------- launch
@@ -256,7 +372,7 @@ def sparse_attention_sm90(
 
     Args:
       q: bfloat16 `[tokens, heads, 576]`, absorbed: `ql_nope ++ q_pe`. Any number of heads; up to
-        32 share the read of a row, more are computed in groups. Nothing needs padding.
+        64 share the read of a row, more are computed in groups. Nothing needs padding.
       kv_cache: uint8 `[num_pages, page_size, 656]`, `fp8_ds_mla`, any page size, beyond 2**31
         bytes, too.
       topk_indices: int32 `[tokens, topk]`, physical slots in any order, any `topk`. -1, and any
@@ -312,32 +428,30 @@ def _attend(
         operands["lens"] = topk_lens
     if attn_sink is not None and final:  # otherwise the merge applies it
         operands["sink"] = attn_sink.astype(jnp.float32)
-    names = (*operands, "out", "lse", "smem")
-    problem = _Problem(num_heads, topk, num_slots, sm_scale, "lens" in operands, "sink" in operands)
+    rows = tokens * config.num_splits
+    results = {
+        "out": jax.ShapeDtypeStruct((rows, num_heads, layout.KV_LORA_RANK), _out_dtype(config)),
+        "lse": jax.ShapeDtypeStruct((rows, num_heads), jnp.float32),
+    }
+    if config.is_wide and not final:
+        results["unit"] = results["lse"]
+    names = (*operands, *results, "smem")
+    problem = _Problem(num_heads, topk, num_slots, sm_scale)
 
     def sparse_attention_kernel(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))
         def cta(ctx: Any, *args: Any) -> None:
             del ctx
             *values, program = args
-            _Cta(
-                config,
-                problem,
-                dict(zip(names, values, strict=True)),
-                Reg(program.registers.item()),
-            ).run()
+            code = _ManyHeads if config.is_wide else _FewHeads
+            named = dict(zip(names, values, strict=True))
+            code(config, problem, named, Reg(program.registers.item())).run()
 
         cta(*refs, lax.axis_index("cta").astype(jnp.int32))
 
-    rows = tokens * config.num_splits
-    out, lse = plgpu.kernel(
+    out, lse, *unit = plgpu.kernel(
         sparse_attention_kernel,
-        out_type=[
-            jax.ShapeDtypeStruct(
-                (rows, num_heads, layout.KV_LORA_RANK), jnp.bfloat16 if final else jnp.float32
-            ),
-            jax.ShapeDtypeStruct((rows, num_heads), jnp.float32),
-        ],
+        out_type=list(results.values()),
         scratch_types=[plgpu.SMEM((config.smem_bytes,), jnp.uint8)],
         grid=(rows * -(-num_heads // config.head_tile),),
         grid_names=("cta",),
@@ -347,11 +461,16 @@ def _attend(
             lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
         ),
     )(*operands.values())
-    out, lse = (hw.as_varying_as(x, operands.values()) for x in (out, lse))
+    out, lse, *unit = (hw.as_varying_as(x, operands.values()) for x in (out, lse, *unit))
     if final:
         return out, lse
     shape = (tokens, config.num_splits, num_heads)
-    return merge_partials_sm90(out.reshape(*shape, -1), lse.reshape(shape), attn_sink)
+    return merge_partials_sm90(
+        out.reshape(*shape, -1),
+        lse.reshape(shape),
+        attn_sink,
+        partial_unit=unit[0].reshape(shape) if unit else None,
+    )
 
 
 def _validate(

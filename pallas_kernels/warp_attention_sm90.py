@@ -240,6 +240,66 @@ def _maxima_bytes(tiling: WarpTiling) -> int:
 # ------------------------------------------------------------------------------------------- CTA
 
 
+def query_scales(pieces: list[list[Reg]]) -> tuple[Reg, Reg]:
+    """The power of two that brings a query to float16's range, and its inverse.
+
+    Args:
+      pieces: the query's bfloat16 pairs, over the lanes of a warp.
+    """
+    largest = hw.u32(0)
+    for piece in pieces:
+        for word in piece:
+            largest = hw.maximum_u16x2(largest, word & 0x7FFF7FFF)
+    largest = hw.reduce_max_u32(hw.maximum_u32(largest & 0xFFFF, largest >> 16))
+    exponent = hw.maximum_u32(largest >> 7, _LARGEST_QUERY_EXPONENT + 1)
+    power = hw.as_f32((2 * 127 + _LARGEST_QUERY_EXPONENT - exponent) << 23)
+    return power, hw.as_f32((exponent - _LARGEST_QUERY_EXPONENT) << 23)
+
+
+def copy_rows(
+    kv_cache: Reg,
+    slot: Reg,
+    valid: Reg,
+    mask: Reg,
+    *,
+    destination: Reg,
+    barrier: Reg,
+    rows_per_copy: int,
+) -> None:
+    """Starts copying a warp's 16 cache rows to shared memory; those of no key become zeros.
+
+    Zeros, so that what a masked token's weight of 0 multiplies is never a NaN.
+
+    Args:
+      kv_cache: address of the cache's first row.
+      slot: this lane's slot, lanes 16-31 as 0-15.
+      valid: 1 where it lies in the cache, else 0; `mask` has a bit of it per lane.
+      destination: where this lane's row goes.
+      barrier: an mbarrier that expects one arrival of the warp; the rows' bytes count, too.
+      rows_per_copy: as for `WarpAttention`.
+    """
+    lane = hw.thread_index() & 31
+    owner = lane < TOKEN_TILE
+    with hw.when(mask.ne(0xFFFFFFFF)):
+        with hw.when(owner & valid.eq(0)):
+            zeros = [hw.u32(0)] * 4
+            for offset in range(0, _ROW, 16):
+                hw.store_shared(destination, zeros, offset)
+            hw.fence_async_proxy()
+        hw.warp_sync()
+    with hw.when(lane.eq(0)):
+        num_rows = hw.population_count(mask & 0xFFFF)
+        hw.mbarrier_arrive_expect(barrier, num_rows * _ROW)
+    num_bytes: int | Reg = _ROW
+    if rows_per_copy > 1:
+        owner = owner & (lane & (rows_per_copy - 1)).eq(0)
+        copied = mask >> lane & ((1 << rows_per_copy) - 1)
+        num_bytes = hw.population_count(copied) * _ROW
+    with hw.when(owner & valid.ne(0)):
+        source = hw.element_address(kv_cache, slot, _ROW)
+        hw.copy_row_to_shared(destination, source, num_bytes, barrier)
+
+
 class _State(NamedTuple):
     """What a warp carries from tile to tile, in registers."""
 
@@ -259,6 +319,7 @@ class WarpAttention(abc.ABC):
 
     Attributes:
       thread, lane, warp, g, c: this thread's place; lane = 4 g + c.
+      row_warp: which 16 rows of a round are this warp's: those of its number.
       first_column: the CTA's first query column, of `num_columns` in all; columns beyond are
         computed from a repeated query and not stored.
     """
@@ -295,7 +356,7 @@ class WarpAttention(abc.ABC):
 
         self.thread = hw.thread_index()
         self.lane = self.thread & 31
-        self.warp = hw.warp_index()
+        self.warp = self.row_warp = hw.warp_index()
         self.g, self.c = self.lane >> 2, self.lane & 3
         self.team = self.warp // tiling.team_size
         self.member = self.warp % tiling.team_size
@@ -364,31 +425,16 @@ class WarpAttention(abc.ABC):
         return hw.select(inside, hw.u32(1), hw.u32(0)), hw.ballot(inside)
 
     def gather(self, slot: Reg, stage: Reg, valid: Reg, mask: Reg) -> None:
-        """Starts copying the tile's valid rows; rows of the others become zeros.
-
-        Zeros, so that what a masked token's weight of 0 multiplies is never a NaN.
-        """
-        barrier = self.barriers + stage * 8
-        destination = self.rows + stage * _TILE_BYTES + (self.lane & (TOKEN_TILE - 1)) * _ROW
-        owner = self.lane < TOKEN_TILE
-        with hw.when(mask.ne(0xFFFFFFFF)):
-            with hw.when(owner & valid.eq(0)):
-                zeros = [hw.u32(0)] * 4
-                for offset in range(0, _ROW, 16):
-                    hw.store_shared(destination, zeros, offset)
-                hw.fence_async_proxy()
-            hw.warp_sync()
-        with hw.when(self.lane.eq(0)):
-            num_rows = hw.population_count(mask & 0xFFFF)
-            hw.mbarrier_arrive_expect(barrier, num_rows * _ROW)
-        num_bytes: int | Reg = _ROW
-        if self.rows_per_copy > 1:
-            owner = owner & (self.lane & (self.rows_per_copy - 1)).eq(0)
-            copied = mask >> self.lane & ((1 << self.rows_per_copy) - 1)
-            num_bytes = hw.population_count(copied) * _ROW
-        with hw.when(owner & valid.ne(0)):
-            source = hw.element_address(self.kv_cache, slot, _ROW)
-            hw.copy_row_to_shared(destination, source, num_bytes, barrier)
+        """Starts copying the tile's rows, see `copy_rows`."""
+        copy_rows(
+            self.kv_cache,
+            slot,
+            valid,
+            mask,
+            destination=self.rows + stage * _TILE_BYTES + (self.lane & (TOKEN_TILE - 1)) * _ROW,
+            barrier=self.barriers + stage * 8,
+            rows_per_copy=self.rows_per_copy,
+        )
 
     # ---- queries: scaled to float16's range, in the order in which the MMAs read them
 
@@ -423,14 +469,7 @@ class WarpAttention(abc.ABC):
         for i, pieces in enumerate(loaded):
             column = self.warp + i * tiling.num_warps  # within the tile
             exists = self.first_column + column < self.num_columns
-            largest = hw.u32(0)
-            for piece in pieces:
-                for word in piece:
-                    largest = hw.maximum_u16x2(largest, word & 0x7FFF7FFF)
-            largest = hw.reduce_max_u32(hw.maximum_u32(largest & 0xFFFF, largest >> 16))
-            exponent = hw.maximum_u32(largest >> 7, _LARGEST_QUERY_EXPONENT + 1)
-            power = hw.as_f32((2 * 127 + _LARGEST_QUERY_EXPONENT - exponent) << 23)
-            undo = hw.as_f32((exponent - _LARGEST_QUERY_EXPONENT) << 23)
+            power, undo = query_scales(pieces)
             power = hw.select(exists, power, hw.f32(0.0))
             block = self.smem + self.at.queries + (column // HEAD_BLOCK) * _QUERY_BYTES
             column_offset = (column % HEAD_BLOCK) * 64

@@ -34,16 +34,22 @@ def expected_merge(out, lse, sink=None):
     return merged, merged_lse
 
 
-def check(interpret, tokens, splits, heads, with_sink):
+def check(interpret, tokens, splits, heads, with_sink, in_units=False):
     rng = np.random.default_rng([tokens, splits, heads])
     out, lse = partials(rng, tokens, splits, heads)
+    unit = None
+    if in_units:
+        unit = np.exp2(rng.integers(-30, 30, lse.shape)).astype(np.float32)
+        small = out.astype(np.float16)
+        out = small.astype(np.float32) * unit[..., None]
     sink = rng.normal(size=heads).astype(np.float32) if with_sink else None
     with np.errstate(over="ignore"):
         expected = expected_merge(out, lse, sink)
     actual = merge_partials_sm90(
-        jnp.asarray(out),
+        jnp.asarray(small if in_units else out),
         jnp.asarray(lse),
         None if sink is None else jnp.asarray(sink),
+        partial_unit=None if unit is None else jnp.asarray(unit),
         interpret=interpret,
     )
     assert_attention_close(*actual, *expected)
@@ -52,17 +58,19 @@ def check(interpret, tokens, splits, heads, with_sink):
 SHAPES = [(2, 2, 3), (3, 5, 1), (1, 32, 2)]
 
 
+@pytest.mark.parametrize("in_units", [False, True])
 @pytest.mark.parametrize("with_sink", [False, True])
 @pytest.mark.parametrize(("tokens", "splits", "heads"), SHAPES)
-def test_merges_when_interpreted(tokens, splits, heads, with_sink):
-    check(True, tokens, splits, heads, with_sink)
+def test_merges_when_interpreted(tokens, splits, heads, with_sink, in_units):
+    check(True, tokens, splits, heads, with_sink, in_units)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("in_units", [False, True])
 @pytest.mark.parametrize("with_sink", [False, True])
 @pytest.mark.parametrize(("tokens", "splits", "heads"), [*SHAPES, (74, 3, 24), (8, 16, 128)])
-def test_merges_on_the_gpu(tokens, splits, heads, with_sink):
-    check(False, tokens, splits, heads, with_sink)
+def test_merges_on_the_gpu(tokens, splits, heads, with_sink, in_units):
+    check(False, tokens, splits, heads, with_sink, in_units)
 
 
 @pytest.mark.gpu
@@ -92,5 +100,7 @@ def test_refuses_shapes_that_do_not_fit():
     out, lse = jnp.zeros((4, 2, 8, 512)), jnp.zeros((4, 2, 7))
     with pytest.raises(ValueError, match=r"partial_lse\.shape"):
         merge_partials_sm90(out, lse)
+    with pytest.raises(ValueError, match=r"partial_unit\.shape"):
+        merge_partials_sm90(out, jnp.zeros((4, 2, 8)), partial_unit=lse)
     with pytest.raises(NotImplementedError, match="dim=100"):
         merge_partials_sm90(jnp.zeros((4, 2, 8, 100)), jnp.zeros((4, 2, 8)))

@@ -11,7 +11,12 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import SparseAttentionConfig, sparse_attention_sm90, warp_attention_sm90
+from pallas_kernels import (
+    SparseAttentionConfig,
+    sparse_attention_sm90,
+    warp_attention_sm90,
+    warpgroup_attention_sm90,
+)
 from pallas_kernels.hopper import NUM_SMS
 from pallas_kernels.sparse_decode_sm90 import CTA_HEAD_TILES, default_config
 from tests import oracle
@@ -25,7 +30,7 @@ ROW = 656
 # so that each meets each other one.
 MATRIX = [
     (heads, batch, (64, 576, 2048)[(i + j) % 3], (2, 61, 64, 576)[(i + 2 * j + j // 2) % 4])
-    for i, heads in enumerate((1, 8, 16, 24, 32, 48, 64, 128))
+    for i, heads in enumerate((1, 8, 16, 24, 32, 33, 48, 64, 96, 128))
     for j, batch in enumerate((1, 4, 74, 321))
 ]
 CONFIGS = [
@@ -34,8 +39,18 @@ CONFIGS = [
         *((8, 1, 2, 2), (8, 1, 1, 4), (8, 2, 2, 1), (8, 5, 1, 3), (8, 32, 1, 2)),
         *((16, 1, 2, 2), (16, 3, 1, 4), (16, 32, 1, 1), (24, 1, 1, 2), (24, 4, 2, 2)),
         *((32, 1, 2, 2), (32, 8, 1, 3), (32, 2, 2, 1)),
+        *((64, 1, 3, 3), (64, 2, 3, 3), (64, 5, 3, 3), (64, 32, 3, 3)),
     )
 ]
+
+
+# What more than 32 heads take for all but the smallest batches; named here so that small tests do.
+WIDE = SparseAttentionConfig(64, 1, 3, 3)
+
+
+def form(heads):
+    """The config that makes a small test take the form that large ones take."""
+    return WIDE if heads > 32 else None
 
 
 def config_id(config):
@@ -164,6 +179,7 @@ def test_says_what_is_wrong_with_an_argument(change, error, words):
         ({"head_tile": 8, "num_warpgroups": 3}, "num_warpgroups=3"),
         ({"head_tile": 8, "num_stages": 5}, "num_stages=5"),
         ({"head_tile": 32, "num_stages": 3}, "shared memory"),
+        ({"head_tile": 64}, "num_warpgroups=2"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -181,6 +197,11 @@ def test_shared_memory_adds_up_to_the_documented_budget(head_tile, num_bytes):
     assert f"{num_bytes:,}" in table
 
 
+def test_shared_memory_of_64_heads_adds_up_to_the_documented_budget():
+    table = " ".join(warpgroup_attention_sm90.__doc__.split())
+    assert f"{WIDE.smem_bytes:,}" in table
+
+
 @pytest.mark.parametrize("heads", [1, 8, 9, 16, 20, 24, 32, 33, 64, 96, 128])
 def test_default_config_fits_the_shapes(heads):
     for tokens, topk in itertools.product(
@@ -188,11 +209,24 @@ def test_default_config_fits_the_shapes(heads):
     ):
         config = default_config(tokens, heads, topk)
         groups = -(-heads // config.head_tile)
-        assert groups == -(-heads // CTA_HEAD_TILES[-1]), "no head group more than the heads need"
+        largest = CTA_HEAD_TILES[-1] if config.head_tile <= CTA_HEAD_TILES[-1] else 64
+        assert groups == -(-heads // largest), "no head group more than the heads need"
         # A split without a single key only costs time.
         assert config.num_splits == 1 or (config.num_splits - 1) * config.tokens_per_round < topk
         if tokens * groups >= 4 * NUM_SMS:
             assert config.num_splits == 1, "enough CTAs without splitting"
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "expected"),
+    [
+        *((64, 1, (32, 32)), (64, 8, (64, 16)), (64, 32, (64, 4)), (64, 64, (64, 2))),
+        *((64, 128, (64, 1)), (64, 2048, (64, 1)), (128, 64, (64, 1)), (128, 128, (64, 1))),
+    ],
+)
+def test_default_config_of_many_heads_is_the_one_that_measured_best(heads, tokens, expected):
+    config = default_config(tokens, heads, 2048)
+    assert (config.head_tile, config.num_splits) == expected
 
 
 @pytest.mark.parametrize(
@@ -311,7 +345,13 @@ def test_every_kind_of_config(config, spare_heads):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [None, 8, 16, 24, 5])
+@pytest.mark.parametrize(
+    ("heads", "config"),
+    [
+        *((None, None), (None, WIDE), (None, CONFIGS[-2]), (8, None), (16, None), (24, None)),
+        *((5, None), (48, WIDE), (8, WIDE)),
+    ],
+)
 @pytest.mark.parametrize(
     "name",
     [
@@ -320,7 +360,7 @@ def test_every_kind_of_config(config, spare_heads):
         "sparse_decode_h64_page61_invalid",
     ],
 )
-def test_flashmla_s_own_outputs(name, heads):
+def test_flashmla_s_own_outputs(name, heads, config):
     """All heads, and a slice of them as tensor parallelism leaves it: each head stands alone."""
     data = load_flashmla(name)
     batch, q_len, all_heads, dim = data["q"].shape
@@ -332,6 +372,7 @@ def test_flashmla_s_own_outputs(name, heads):
         data["indices"].reshape(batch * q_len, -1),
         sm_scale=data["sm_scale"],
         attn_sink=None if sink is None else jnp.asarray(sink[taken]),
+        config=config,
     )
     expected_out = data["out"].reshape(batch * q_len, all_heads, 512)[:, taken]
     expected_lse = data["lse"].reshape(batch * q_len, all_heads)[:, taken]
@@ -339,7 +380,7 @@ def test_flashmla_s_own_outputs(name, heads):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [8, 16, 32])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
 @pytest.mark.parametrize("batch", [1, 140])
 @pytest.mark.parametrize("how", ["indices", "lens", "negative lens"])
 def test_queries_without_a_key(heads, batch, how):
@@ -352,9 +393,8 @@ def test_queries_without_a_key(heads, batch, how):
     else:
         lens = jnp.full((batch,), 0 if how == "lens" else -5, jnp.int32)
     sink = jnp.asarray(rng.normal(size=heads), jnp.float32).at[0].set(-jnp.inf)
-    out, lse = run(
-        random_queries(rng, batch, heads), cache, indices, attn_sink=sink, topk_lens=lens
-    )
+    q = random_queries(rng, batch, heads)
+    out, lse = run(q, cache, indices, attn_sink=sink, topk_lens=lens, config=form(heads))
     assert not np.any(out.astype(np.float32))
     assert np.all(np.isneginf(lse))
 
@@ -377,7 +417,7 @@ def test_infinite_sinks(batch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [8, 16])
+@pytest.mark.parametrize("heads", [8, 16, 64])
 def test_one_valid_key_anywhere_in_the_list(heads):
     rng = np.random.default_rng(4)
     rows = random_rows(rng, 640)
@@ -385,11 +425,12 @@ def test_one_valid_key_anywhere_in_the_list(heads):
     positions = np.array([0, 1, 15, 16, 127, 128, 1000, 2047])
     indices = np.full((len(positions), 2048), -1, np.int32)
     indices[np.arange(len(positions)), positions] = rng.integers(320, 640, len(positions))
-    check(random_queries(rng, len(positions), heads), rows.reshape(10, 64, ROW), indices)
+    q = random_queries(rng, len(positions), heads)
+    check(q, rows.reshape(10, 64, ROW), indices, config=form(heads))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [8, 16, 32])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
 @pytest.mark.parametrize("batch", [2, 140])
 def test_indices_outside_of_the_cache_are_none(heads, batch):
     rng = np.random.default_rng(5)
@@ -398,11 +439,11 @@ def test_indices_outside_of_the_cache_are_none(heads, batch):
     outside = np.array([640, 641, 10**6, 2**31 - 1, -2, -640, -(2**31)], np.int32)
     mask = rng.random(indices.shape) < 0.3
     indices[mask] = rng.choice(outside, mask.sum())
-    check(random_queries(rng, batch, heads), cache, indices)
+    check(random_queries(rng, batch, heads), cache, indices, config=form(heads))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [8, 16, 24])
+@pytest.mark.parametrize("heads", [8, 16, 24, 64])
 @pytest.mark.parametrize(
     ("low", "high", "exact"),
     [(-13, 6, False), (-13, 6, True), (-13, -13, False), (6, 6, False), (-40, -30, True)],
@@ -415,11 +456,11 @@ def test_token_scales_from_tiny_to_large(heads, low, high, exact):
     indices = rng.integers(-1, 640, (3, 900)).astype(np.int32)
     q = np.asarray(random_queries(rng, 3, heads)).astype(np.float32)
     q[..., :512] *= 2.0 ** -(high + 6)
-    check(jnp.asarray(q, jnp.bfloat16), cache, indices)
+    check(jnp.asarray(q, jnp.bfloat16), cache, indices, config=form(heads))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [8, 16])
+@pytest.mark.parametrize("heads", [8, 16, 64])
 @pytest.mark.parametrize("magnitude", [2.0**-100, 2.0**-30, 2.0**12, 2.0**40, 2.0**100])
 def test_queries_of_bfloat16_s_range(heads, magnitude):
     """float16 holds neither 2**-30 nor 2**40. sm_scale undoes the magnitude; heads differ."""
@@ -427,15 +468,15 @@ def test_queries_of_bfloat16_s_range(heads, magnitude):
     cache = random_rows(rng, 640).reshape(10, 64, ROW)
     indices = rng.integers(-1, 640, (3, 300)).astype(np.int32)
     q = np.asarray(random_queries(rng, 3, heads)).astype(np.float32)
-    q *= magnitude * np.exp2(-np.arange(heads))[:, None]
+    q *= magnitude * np.exp2(-np.arange(heads) % 16)[:, None]
     q = jnp.asarray(q, jnp.bfloat16)
-    check(q, cache, indices, sm_scale=SM_SCALE / magnitude)
+    check(q, cache, indices, sm_scale=SM_SCALE / magnitude, config=form(heads))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], WIDE, CONFIGS[-2]], ids=config_id)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_one_key_of_enormous_score_is_still_a_key(sign, num_splits):
+def test_one_key_of_enormous_score_is_still_a_key(sign, config):
     """Scores near -1e32 in log2 units: nothing that stands for "no key" may outdo them."""
     rng = np.random.default_rng(15)
     cache = random_rows(rng, 640).reshape(10, 64, ROW)
@@ -443,12 +484,12 @@ def test_one_key_of_enormous_score_is_still_a_key(sign, num_splits):
     indices[:, 77] = [5, 400]
     rows = oracle.cache_rows(cache)[indices[:, 77]]
     q = np.repeat(sign * 2.0**104 * np.sign(rows)[:, None], 8, axis=1)
-    config = SparseAttentionConfig(8, num_splits)
     check(jnp.asarray(q, jnp.bfloat16), cache, indices, config=config)
 
 
 @pytest.mark.gpu
-def test_tokens_without_weight_do_not_cost_the_others_their_bits():
+@pytest.mark.parametrize("config", [CONFIGS[0], WIDE], ids=config_id)
+def test_tokens_without_weight_do_not_cost_the_others_their_bits(config):
     """All weight on tokens of scale 2**-13, beside one of scale 2**6 that nobody attends to."""
     rng = np.random.default_rng(16)
     scales = np.full((640, 4), 2.0**-13)
@@ -457,32 +498,33 @@ def test_tokens_without_weight_do_not_cost_the_others_their_bits():
     q = np.asarray(random_queries(rng, 2, 8)).astype(np.float32) * 2.0**6
     q -= 2.0**-3 * oracle.fp8_rows(rows[7]).astype(np.float32) / 2.0**6
     indices = np.tile(np.arange(640, dtype=np.int32), (2, 1))
-    check(jnp.asarray(q, jnp.bfloat16), rows.reshape(10, 64, ROW), indices)
+    check(jnp.asarray(q, jnp.bfloat16), rows.reshape(10, 64, ROW), indices, config=config)
 
 
 @pytest.mark.gpu
-def test_a_query_of_zeros_averages():
+@pytest.mark.parametrize("config", [None, WIDE], ids=["16", "64"])
+def test_a_query_of_zeros_averages(config):
     rng = np.random.default_rng(8)
     cache = random_rows(rng, 640).reshape(10, 64, ROW)
     indices = rng.integers(-1, 640, (3, 300)).astype(np.int32)
-    check(random_queries(rng, 3, 16).at[:, 5].set(0), cache, indices)
+    check(random_queries(rng, 3, 16).at[:, 5].set(0), cache, indices, config=config)
 
 
 @pytest.mark.gpu
-def test_growing_scores_rescale_what_was_accumulated():
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], WIDE, CONFIGS[-2]], ids=config_id)
+def test_growing_scores_rescale_what_was_accumulated(config):
     """Keys sorted by score, upwards and downwards: the running maximum moves at every tile."""
     rng = np.random.default_rng(9)
     rows = random_rows(rng, 2048)
     q = random_queries(rng, 2, 8, size=3.0)
     scores = np.asarray(q[0, 0]).astype(np.float64) @ oracle.fp8_rows(rows).T
     indices = np.stack([np.argsort(scores), np.argsort(-scores)]).astype(np.int32)
-    for num_splits in (1, 4):
-        config = SparseAttentionConfig(8, num_splits)
-        check(q, rows.reshape(32, 64, ROW), indices, config=config)
+    check(q, rows.reshape(32, 64, ROW), indices, config=config)
 
 
 @pytest.mark.gpu
-def test_cache_beyond_two_gigabytes():
+@pytest.mark.parametrize("config", [None, WIDE], ids=["8", "64"])
+def test_cache_beyond_two_gigabytes(config):
     rng = np.random.default_rng(10)
     num_pages = 2**31 // (64 * ROW) + 500
     first = 2**31 // ROW - 100
@@ -497,7 +539,7 @@ def test_cache_beyond_two_gigabytes():
     cache = write(cache, jnp.asarray(rows))
     local = rng.integers(0, 2000, (4, 512)).astype(np.int32)
     q = random_queries(rng, 4, 8)
-    out, lse = run(q, cache, local + first)
+    out, lse = run(q, cache, local + first, config=config)
     expected = oracle.sparse_attention(q, oracle.cache_rows(rows), local, sm_scale=SM_SCALE)
     assert_attention_close(out, lse, *expected)
 

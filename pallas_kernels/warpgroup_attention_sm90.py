@@ -1,0 +1,734 @@
+"""Attention of up to 64 query columns over cache rows, on warpgroup MMAs; shared by kernels.
+
+What `warp_attention_sm90` is for few columns, this is for the 64 heads that a device keeps when
+heads are not divided, and that q heads are padded to: one CTA takes 64 *columns* (fewer are padded
+inside, never in memory) over its rows from raw bytes to the output,
+
+    s = sm_scale * q . [kv_c, k_pe]      out = softmax(s) @ kv_c      lse = log(sum(exp(s)))
+
+Which rows a CTA takes, where queries lie and where results go is up to the kernel that derives from
+`WarpgroupAttention`.
+
+Roles
+-----
+Three warpgroups. One gathers raw rows; two compute, in turns: the scores of every other tile of 64
+rows are one's, and the values of every tile belong to both, 256 of the 512 dims each. While one has
+the tensor cores for values, the other is busy with conversions and exponentials.
+
+    gather ──▶ raw rows, 3 tiles ─┬─▶ warpgroup 0:  scores 0         values 0   scores 2  values 1 2
+    cp.async.bulk        SMEM     └─▶ warpgroup 1:  scores 1  values 0 1   scores 3  values 2 3
+                                            P and token scales of a tile ──▶ SMEM ──▶ both
+
+Both MMAs have tokens or dims on M and columns on N ("swap-AB"): A comes from raw bytes through
+registers, so no dequantized tile is ever stored, and shared memory moves 2,000 cycles a tile where
+operands that are both in shared memory need 2,900 (the tensor cores need 2,176).
+
+Fragments (`hopper.wgmma_m64n64k16`; lane = 4 g + c, warp w of its warpgroup)
+---------
+    S^T [64 tokens, 64 columns]  tokens 16 w + g, + 8;  columns 8 n + 2 c, + 1
+    K   as A operand             16 consecutive bytes of two rows: a k-step's dims are whatever four
+                                 bytes lie there, and Q is stored to match
+    Q^T as B operand             [column, 64 dims] per chunk, 128-byte swizzle
+    P   as B operand             [column, 64 tokens], 128-byte swizzle, by `stmatrix.trans`
+    V^T as A operand             `ldmatrix.trans` on byte pairs, then a byte permutation: rows g and
+                                 g + 8 are dims 2 g and 2 g + 1 of 16; a warp has 32 of 128 dims
+    O^T [4 x 64 dims, 64 columns] per warpgroup; the dims of V^T, columns 8 n + 2 c, + 1
+
+Numbers
+-------
+- e4m3 -> float16 is exact. A token's rows are taken relative to the power of two of its largest
+  scale, as float16 pairs times 2**6: exact where scales are powers of two, as this project and
+  FlashMLA write them; others are rounded to 11 bits, relative to that power. RoPE is multiplied by
+  the same power in bfloat16, which is exact, so all 576 dims share one accumulator.
+- float16's range: each query column is scaled by a power of two to 2**14 .. 2**15, undone in the
+  scores. P is at most 1 under a ceiling, which is 2**4 above the largest score when it is set;
+  P times the token's power, relative to the largest so far, becomes float16 times 2**15. When
+  ceiling or power are outgrown, both warpgroups rescale their accumulators.
+- What this cannot hold: values lose bits where another token of the CTA, weighty or not, has a
+  scale more than 2**24 times as large.
+- A masked token's row is never read from the cache: it is zeros in shared memory, its score -inf.
+- No atomics, one fixed order of everything: bitwise deterministic.
+
+Budgets
+-------
+240 registers a thread of the computing warpgroups (`setmaxnreg`), no spills: 128 for O^T, 32 for
+S^T, 32 for the operands of two chunks of scores in flight or 64 for a tile's values, the rest
+addresses and state; 24 for gathering. Shared memory in bytes:
+
+    queries 9 x 64 x 128               73,728
+    P, token scales 2 x 9,216          18,432
+    raw rows 3 x 64 x 656             125,952
+    column state, maxima, barriers      2,672
+    sum                               220,784
+
+Roofline (H100)
+--------
+A tile of 64 rows is 2,176 cycles of tensor work and 2.2 us of every SM's share of the random-row
+bandwidth. Measured: a start of about 8 us, then 2.5 us a tile where rows are in L2, of which 1.3 us
+are tensor work; the rest is conversions that are not hidden.
+
+Form
+----
+As in `warp_attention_sm90`, the loop is inline. Forms that were tried: one warpgroup for all scores
+and two for the values (2.7 us a tile: the scores' chain of conversions, MMAs and exponentials is
+not overlapped with itself), and one accumulator per 128 dims of the scores, as there (3.0 us: it
+takes the registers that let conversions run beside MMAs). Plain orientation with a dequantizing
+warpgroup: 133 us against 93 for 128 tokens.
+"""
+
+import abc
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from pallas_kernels import hopper as hw
+from pallas_kernels import layout
+from pallas_kernels.hopper import Reg, WgmmaStep
+from pallas_kernels.warp_attention_sm90 import copy_rows, query_scales
+
+COLUMNS = 64
+"""Query columns of a CTA: the N of its MMAs."""
+
+TILE = 64
+"""Cache rows per step: the M of the scores' MMAs and the K of the values'."""
+
+STAGES = 3
+"""Tiles of raw rows in flight."""
+
+NUM_WARPGROUPS = 3
+"""Two that compute, one that gathers."""
+
+_COMPUTE_WARPS = 8
+_ROW = layout.FP8_ROW_BYTES
+_GROUPS = layout.num_scale_tiles(layout.KV_LORA_RANK)
+_SCALES_OFFSET = layout.KV_LORA_RANK
+_ROPE_OFFSET = layout.KV_LORA_RANK + 4 * _GROUPS
+_TILE_BYTES = TILE * _ROW
+_CHUNKS = layout.LATENT_DIM // 64  # 64-dim columns of Q: 8 latent, 1 RoPE
+_CHUNK_BYTES = COLUMNS * 128
+_WARP_ROWS = 16  # tokens of a warp in the scores; rows that a warp gathers
+_BLOCKS = COLUMNS // 8
+
+# A new ceiling is 2**4 above the largest score.
+_MAX_LAG = 4.0
+# Finite, so that -inf - ceiling is -inf and not NaN, and below every score.
+_NO_MAXIMUM = -3.4028234e38
+# P (at most 1) times the token's power of two (at most 1, relative to the running one) becomes
+# float16 times 2**15; values (at most 448 * 2, relative to it) times 2**6.
+_WEIGHT_HEADROOM = 15
+_VALUE_HEADROOM = 6
+_SMALLEST_SCALE_EXPONENT = 127 - 100
+# A token's power of two, so that its inverse times RoPE stays in range.
+_SMALLEST_TOKEN_EXPONENT = 127 - 40
+
+# Named barriers: one of each computing warpgroup, and one of both.
+_WARPGROUP_BARRIER = 8
+_COMPUTE_BARRIER = 10
+_COMPUTE_REGISTERS, _GATHER_REGISTERS = 240, 24
+
+
+class _Buffer(NamedTuple):
+    """Byte offsets in what one warpgroup hands over per tile."""
+
+    weights: int = 0  # f16 P [column, token], swizzled
+    value_scales: int = weights + COLUMNS * 128  # f16 [group, 16 tokens, c, half, 2]
+    decay: int = value_scales + _GROUPS * TILE * 2  # f32 [column]
+    flag: int = decay + COLUMNS * 4  # u32: whether to rescale; f32: the token scales' ratio
+    end: int = flag + 16
+
+
+_BUFFER = _Buffer()
+_BUFFER_BYTES = -(-_BUFFER.end // 1024) * 1024
+
+
+class _SharedLayout(NamedTuple):
+    """Byte offsets in shared memory; matrices of the MMAs at multiples of 1024."""
+
+    queries: int = 0  # f16 [chunk, column, 64 permuted dims], swizzled; the last chunk bf16
+    buffers: int = queries + _CHUNKS * _CHUNK_BYTES  # of the two warpgroups
+    rows: int = buffers + 2 * _BUFFER_BYTES  # raw cache rows [stage, token, 656]
+    column_state: int = rows + STAGES * _TILE_BYTES  # f32 [column pair](factor x2, ceiling x2)
+    partial: int = column_state + COLUMNS * 8  # f32 [warp, column]: maxima, sums
+    scale: int = partial + _COMPUTE_WARPS * COLUMNS * 4  # u32 bits; the warps' of a tile
+    barriers: int = scale + 16 + 2 * 16  # mbarrier: rows full, rows free [stage], weights [2]
+    end: int = barriers + 8 * (2 * STAGES + 2)
+
+
+_SMEM = _SharedLayout()
+
+SMEM_BYTES = _SMEM.end
+"""Shared memory of a CTA."""
+
+
+class WarpgroupAttention(abc.ABC):
+    """The code of one CTA; a kernel derives from it and says where keys, queries and results are.
+
+    `start`, then `gather_rows` in the gathering warpgroup and `attend` in the computing ones, both
+    for the same lists of keys, one after the other: `first_tile` counts the tiles of all lists
+    before, from which the mbarriers' phases follow.
+
+    Attributes:
+      thread, lane, warp, g, c: this thread's place; lane = 4 g + c.
+      row_warp: which 16 rows of a tile are this warp's, in the scores or to gather.
+      first_column: the CTA's first query column, of `num_columns` in all; columns beyond are
+        computed as zeros and not stored.
+    """
+
+    def __init__(
+        self,
+        *,
+        smem: Reg,
+        kv_cache: Reg,
+        num_slots: int,
+        rows_per_copy: int,
+        num_columns: int,
+        first_column: Reg,
+        sm_scale: float,
+    ) -> None:
+        """See the class, and `WarpAttention` for the arguments.
+
+        `smem` are `SMEM_BYTES` at a multiple of 1024.
+        """
+        self.smem, self.kv_cache = smem, kv_cache
+        self.num_slots, self.rows_per_copy, self.sm_scale = num_slots, rows_per_copy, sm_scale
+        self.num_columns, self.first_column = num_columns, first_column
+
+        self.thread = hw.thread_index()
+        self.lane = self.thread & 31
+        self.warp = hw.warp_index()
+        self.warpgroup, self.row_warp = self.warp >> 2, self.warp & 3
+        self.g, self.c = self.lane >> 2, self.lane & 3
+
+        self.rows = self.smem + _SMEM.rows
+        self.rows_full = self.smem + _SMEM.barriers
+        self.rows_free = self.rows_full + 8 * STAGES
+        self.weights_full = self.rows_free + 8 * STAGES
+
+    # ---- what a kernel defines
+
+    @abc.abstractmethod
+    def load_slot(self, t: Reg | int) -> Reg:
+        """This lane's cache slot in the warp's 16 rows of tile t, lanes 16-31 as 0-15.
+
+        -1, or anything outside of the cache, for none. Also called for tiles beyond the last.
+        """
+
+    @abc.abstractmethod
+    def query_address(self, column: Reg) -> Reg:
+        """Where the column's 576 bfloat16 values lie."""
+
+    @abc.abstractmethod
+    def load_sink(self, column: Reg) -> Reg | None:
+        """The column's float32 attention sink, -inf or None for none (partial results, too)."""
+
+    @abc.abstractmethod
+    def store_lse(self, column: Reg, lse: Reg) -> None:
+        """Stores the natural log of the column's sum of exponentials."""
+
+    @abc.abstractmethod
+    def store_out(self, column: Reg, dim: Reg, pair: list[Reg]) -> None:
+        """Stores the column's output at `dim` and `dim + 1`."""
+
+    def store_unit(self, column: Reg, unit: Reg) -> Reg:
+        """What the results are to be multiplied by, for an output in natural units `unit`.
+
+        An output over it is at most 2**16 / 2**6: a kernel may keep `unit` beside float16 results
+        and return 1 instead.
+        """
+        del column
+        return unit
+
+    def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
+        """Tile t's scores `[block][4]`, -inf for keys that a column does not see.
+
+        `mask` has the bits of the warp's valid tokens. Scores are not multiplied by `sm_scale` yet.
+        """
+        del t
+
+        def masked() -> list[list[Reg]]:
+            valid = [(mask >> (self.g + 8 * r) & 1).ne(0) for r in range(2)]
+            return [
+                [hw.select(valid[i // 2], x, hw.f32(-math.inf)) for i, x in enumerate(block)]
+                for block in scores
+            ]
+
+        return hw.cond(mask.ne(0xFFFFFFFF), masked, scores)
+
+    # ---- start
+
+    def start(self) -> None:
+        """Sets up the mbarriers; every thread."""
+        with hw.when(self.thread.eq(0)):
+            for stage in range(STAGES):
+                hw.mbarrier_init(self.rows_full + 8 * stage, 4)
+                hw.mbarrier_init(self.rows_free + 8 * stage, _COMPUTE_WARPS)
+            for buffer in range(2):
+                hw.mbarrier_init(self.weights_full + 8 * buffer, 4)
+            hw.fence_async_proxy()
+        hw.cta_sync()
+
+    def run_roles(self, gather: Callable[[], None], compute: Callable[[], None]) -> None:
+        """Each warpgroup its role, with its registers."""
+        with hw.when(self.warpgroup.eq(2)):
+            hw.set_max_registers(_GATHER_REGISTERS, increase=False)
+            gather()
+        with hw.when(self.warpgroup < 2):
+            hw.set_max_registers(_COMPUTE_REGISTERS, increase=True)
+            compute()
+
+    # ---- gather
+
+    def gather_rows(self, num_tiles: Reg, first_tile: Reg) -> None:
+        """Copies one list's tiles into the stages, as these become free."""
+        row = self.row_warp * _WARP_ROWS + (self.lane & (_WARP_ROWS - 1))
+
+        def one_tile(t: Reg, slot: Reg) -> Reg:
+            next_slot = self.load_slot(t + 1)
+            tile = first_tile + t
+            stage, use = tile % STAGES, tile // STAGES
+            with hw.when(use > 0):
+                hw.mbarrier_wait(self.rows_free + stage * 8, (use - 1) & 1)
+            inside = slot < min(self.num_slots, 2**31)
+            copy_rows(
+                self.kv_cache,
+                slot,
+                hw.select(inside, hw.u32(1), hw.u32(0)),
+                hw.ballot(inside),
+                destination=self.rows + stage * _TILE_BYTES + row * _ROW,
+                barrier=self.rows_full + stage * 8,
+                rows_per_copy=self.rows_per_copy,
+            )
+            return next_slot
+
+        hw.for_loop(num_tiles, self.load_slot(0), one_tile)
+
+    # ---- queries
+
+    def store_queries(self) -> None:
+        """Scales and permutes the columns, half of a computing warp's at a time."""
+        at_once, rounds = 4, COLUMNS // _COMPUTE_WARPS // 4
+
+        def columns(i: Reg) -> list[Reg]:
+            return [self.warp + (i * at_once + k) * _COMPUTE_WARPS for k in range(at_once)]
+
+        def load(i: Reg) -> list[list[list[Reg]]]:
+            return [self.load_query(column) for column in columns(i)]
+
+        def batch(i: Reg, loaded: list[list[list[Reg]]]) -> list[list[list[Reg]]]:
+            following = load(hw.minimum(i + 1, rounds - 1))
+            for column, pieces in zip(columns(i), loaded, strict=True):
+                self.store_query(column, pieces)
+            return following
+
+        hw.for_loop(hw.u32(rounds), load(hw.u32(0)), batch)
+
+    def load_query(self, column: Reg) -> list[list[Reg]]:
+        """8 dims per 16 bytes and lane: of the latent, of the latent, of RoPE (8 lanes)."""
+        row = self.query_address(hw.minimum(self.first_column + column, self.num_columns - 1))
+        address = hw.element_address(row, self.lane, 16)
+        last = hw.element_address(row, self.lane & 7, 16)
+        return [
+            hw.load_global(address, words=4),
+            hw.load_global(address, 512, words=4),
+            hw.load_global(last, 1024, words=4),
+        ]
+
+    def store_query(self, column: Reg, pieces: list[list[Reg]]) -> None:
+        """Scales a column to float16's range and stores it in the order of the scores' k.
+
+        In the scores, lane c of four holds 16 consecutive latent bytes, or 8 + 8 RoPE elements, of
+        a token, and k-step s takes four of them, b = 4 s + 2 h + e, as columns 8 h + 2 c + e. So
+        16-byte piece 2 s + h of Q's row takes one word of each of four lanes: a 4 x 4 transpose.
+        """
+        exists = self.first_column + column < self.num_columns
+        power, undo = query_scales(pieces)
+        power = hw.select(exists, power, hw.f32(0.0))
+        row = self.smem + _SMEM.queries + column * 128
+        for part, piece in enumerate(pieces):
+            is_rope = part == 2
+            pack = hw.bf16x2 if is_rope else hw.f16x2
+            words = []
+            for word in piece:
+                low, high = hw.bf16x2_to_f32(word)
+                words.append(pack(low * power, high * power))
+            if is_rope:  # lane = 2 c + half
+                words = self.transpose_words(words, 2)
+                c, upper, chunk = self.lane >> 1 & 3, self.lane & 1, hw.u32(_CHUNKS - 1)
+            else:  # lane = 16 group + 4 c + 2 half + upper
+                words = self.transpose_words(words, 4)
+                c, upper = self.lane >> 2 & 3, self.lane & 1
+                chunk = (self.lane >> 4) * 2 + (self.lane >> 1 & 1) + 4 * part
+            place = (upper * 4 + c) ^ (column & 7)
+            hw.store_shared(row + chunk * _CHUNK_BYTES + place * 16, words)
+        with hw.when(self.lane.eq(0)):
+            state = self.column_state(column)
+            hw.store_shared(state, [undo * (self.sm_scale * hw.LOG2_E)])
+            hw.store_shared(state, [hw.f32(_NO_MAXIMUM)], 8)
+
+    def transpose_words(self, words: list[Reg], distance: int) -> list[Reg]:
+        """Among four lanes, `distance` apart: word i of lane c <- word c of lane i."""
+        w0, w1, w2, w3 = words
+        upper = (self.lane & 2 * distance).ne(0)
+        x, y = (
+            hw.shuffle_xor(hw.select(upper, a, b), 2 * distance) for a, b in ((w0, w2), (w1, w3))
+        )
+        w0, w1, w2, w3 = (hw.select(upper, a, b) for a, b in ((x, w0), (y, w1), (w2, x), (w3, y)))
+        upper = (self.lane & distance).ne(0)
+        x, y = (hw.shuffle_xor(hw.select(upper, a, b), distance) for a, b in ((w0, w1), (w2, w3)))
+        return [hw.select(upper, a, b) for a, b in ((x, w0), (w1, x), (y, w2), (w3, y))]
+
+    # ---- scores
+
+    def buffer(self, t: Reg) -> Reg:
+        return self.smem + _SMEM.buffers + (t & 1) * _BUFFER_BYTES
+
+    def warpgroup_sync(self) -> None:
+        hw.named_barrier(self.warpgroup + _WARPGROUP_BARRIER, 128)
+
+    def scores(self, row: Reg, mask: Reg, t: Reg) -> tuple[list[list[Reg]], list[Reg]]:
+        """S^T [block][4], before the columns' factors; -inf for keys that are not seen.
+
+        Also the powers of two, as bits, of the two tokens' largest scales. Values relative to these
+        are float16's, so that all dims share one accumulator.
+        """
+        keys = row + self.c * 32
+        queries = hw.matrix_descriptor(self.smem + _SMEM.queries)
+        powers, inverses, scales = [], [], []
+        for r in range(2):
+            bits = hw.load_shared(row, r * 8 * _ROW + _SCALES_OFFSET)
+            power = functools.reduce(hw.maximum_u32, bits) & 0x7F800000
+            powers.append(hw.maximum_u32(power, _SMALLEST_TOKEN_EXPONENT << 23))
+            inverses.append(hw.as_f32(((2 * 127 + _VALUE_HEADROOM) << 23) - powers[r]))
+            scales.append([hw.as_f32(b) * inverses[r] for b in bits])
+
+        steps = []
+        rope_scales = [hw.bf16x2(x, x) for x in inverses]
+        for half in range(2):
+            rows = [
+                [
+                    hw.multiply_bf16x2(word, rope_scales[r])
+                    for word in hw.load_shared(keys, r * 8 * _ROW + _ROPE_OFFSET + 16 * half)
+                ]
+                for r in range(2)
+            ]
+            for s in range(2):
+                a = [rows[0][2 * s], rows[1][2 * s], rows[0][2 * s + 1], rows[1][2 * s + 1]]
+                steps.append(WgmmaStep(0, a, 8 * _CHUNK_BYTES + 32 * (2 * half + s)))
+        (acc,) = hw.wgmma_m64n64k16([[]], queries, steps, "bf16")
+
+        for chunk in range(_CHUNKS - 1):
+            group, half = divmod(chunk, 2)
+            relative = [hw.f16x2(scales[r][group], scales[r][group]) for r in range(2)]
+            offset = 128 * group + 16 * half
+            rows = [hw.load_shared(keys, r * 8 * _ROW + offset) for r in range(2)]
+            steps = []
+            for s in range(4):
+                pairs = [hw.e4m3x4_to_f16x2(rows[r][s]) for r in range(2)]
+                a = [
+                    hw.multiply_f16x2(pairs[r][k], relative[r]) for k in range(2) for r in range(2)
+                ]
+                steps.append(WgmmaStep(0, a, chunk * _CHUNK_BYTES + 32 * s))
+            (acc,) = hw.wgmma_m64n64k16([acc], queries, steps, "f16")
+            # Registers are for two chunks' operands.
+            hw.wgmma_wait(1)
+        acc = hw.wgmma_wait(0, acc)
+
+        undo = [hw.as_f32(powers[r]) * 2.0**-_VALUE_HEADROOM for r in range(2)]
+        total = [acc[i] * undo[i // 2 % 2] for i in range(32)]
+
+        blocks = [total[4 * n : 4 * n + 4] for n in range(_BLOCKS)]
+        return self.visible(blocks, mask, t), powers
+
+    def column_state(self, column: Reg) -> Reg:
+        """Address of a column's factor; its ceiling is 8 bytes on."""
+        return self.smem + _SMEM.column_state + (column >> 1) * 16 + (column & 1) * 4
+
+    def load_column_state(self, n: int) -> tuple[list[Reg], list[Reg]]:
+        """Factors and ceilings of this lane's two columns of block n."""
+        address = self.smem + _SMEM.column_state + self.c * 16
+        f0, f1, c0, c1 = hw.load_shared_f32(address, n * 64)
+        return [f0, f1], [c0, c1]
+
+    def reduce_over_rows(self, values: list[list[Reg]], combine: Any) -> list[Reg]:
+        """[block][2] of all lanes -> the columns 2 lane, 2 lane + 1, over the warp's rows.
+
+        Each of three exchanges halves the blocks that a lane is left with.
+        """
+        blocks = values
+        for bit in (2, 1, 0):
+            upper = (self.g >> bit & 1).ne(0)
+            half = len(blocks) // 2
+            kept = []
+            for low, high in zip(blocks[:half], blocks[half:], strict=True):
+                kept.append([])
+                for a, b in zip(low, high, strict=True):
+                    theirs = hw.shuffle_xor(hw.select(upper, a, b), 4 << bit)
+                    kept[-1].append(combine(hw.select(upper, b, a), theirs))
+            blocks = kept
+        return blocks[0]
+
+    def softmax(
+        self, buffer: Reg, x: list[list[Reg]], powers: list[Reg]
+    ) -> tuple[list[list[Reg]], Reg, Reg]:
+        """P [block][4], the scale's bits, and whether it raised the ceilings or these."""
+        scale_address = self.smem + _SMEM.scale
+        (scale,) = hw.load_shared(scale_address, words=1)
+        # Rounded products: the ceiling is one of them, and enormous ones leave no residue over it.
+        scores, largest = [], hw.f32(-math.inf)
+        for n in range(_BLOCKS):
+            factors, ceilings = self.load_column_state(n)
+            scores.append([hw.multiply(x[n][i], factors[i % 2]) for i in range(4)])
+            for i in range(4):
+                largest = hw.maximum(largest, scores[n][i] - ceilings[i % 2])
+        outgrown = (largest > 0.0) | (powers[0] > scale) | (powers[1] > scale)
+        outgrown = hw.named_barrier_any(self.warpgroup + _WARPGROUP_BARRIER, 128, outgrown)
+        in_warpgroup = self.thread & 127
+        with hw.when(in_warpgroup.eq(0)):
+            flag = hw.select(outgrown, hw.u32(1), hw.u32(0))
+            hw.store_shared(buffer + _BUFFER.flag, [flag])
+        with hw.when(outgrown):
+            partial = self.smem + _SMEM.partial
+            maxima = self.reduce_over_rows(
+                [[hw.maximum(b[h], b[2 + h]) for h in range(2)] for b in scores], hw.maximum
+            )
+            hw.store_shared(partial + self.row_warp * (COLUMNS * 4) + self.lane * 8, maxima)
+            power = hw.reduce_max_u32(hw.maximum_u32(*powers))
+            with hw.when(self.lane.eq(0)):
+                hw.store_shared(scale_address + self.warp * 4, [power], 16)
+            self.warpgroup_sync()
+            with hw.when(in_warpgroup < COLUMNS):
+                state = self.column_state(in_warpgroup)
+                (old,) = hw.load_shared_f32(state, 8, words=1)
+                largest = functools.reduce(
+                    hw.maximum,
+                    [
+                        hw.load_shared_f32(partial + in_warpgroup * 4, w * COLUMNS * 4, words=1)[0]
+                        for w in range(4)
+                    ],
+                )
+                new = hw.select(largest > old, largest + _MAX_LAG, old)
+                hw.store_shared(state, [new], 8)
+                hw.store_shared(buffer + in_warpgroup * 4, [hw.exp2(old - new)], _BUFFER.decay)
+            theirs = hw.load_shared(scale_address + self.warpgroup * 16, 16)
+            new_scale = functools.reduce(hw.maximum_u32, theirs, scale)
+            difference = hw.minimum(new_scale - scale, 127 << 23)
+            with hw.when(in_warpgroup.eq(0)):
+                ratio = hw.as_f32((127 << 23) - difference)
+                hw.store_shared(buffer + _BUFFER.flag, [ratio], 4)
+                hw.store_shared(scale_address, [new_scale])
+            self.warpgroup_sync()
+        (scale,) = hw.load_shared(scale_address, words=1)
+        weights = []
+        for n in range(_BLOCKS):
+            _, ceilings = self.load_column_state(n)
+            weights.append([hw.exp2(scores[n][i] - ceilings[i % 2]) for i in range(4)])
+        return weights, scale, outgrown
+
+    def publish(
+        self, buffer: Reg, row: Reg, scale: Reg, weights: list[list[Reg]], powers: list[Reg]
+    ) -> None:
+        """P times the tokens' powers, and the tokens' scales relative to these, for the values."""
+        factors = []
+        pairs = []
+        for r in range(2):
+            difference = hw.minimum(scale - powers[r], (127 + _WEIGHT_HEADROOM) << 23)
+            factors.append(hw.as_f32(((127 + _WEIGHT_HEADROOM) << 23) - difference))
+            # Lane c takes care of the 128-dim group c.
+            (own,) = hw.load_shared_f32(row + self.c * 4, r * 8 * _ROW + _SCALES_OFFSET, words=1)
+            relative = own * hw.as_f32(((2 * 127 + _VALUE_HEADROOM) << 23) - powers[r])
+            pairs.append(hw.f16x2(relative, hw.shuffle_xor(relative, 4)))
+        with hw.when((self.g & 1).eq(0)):
+            address = buffer + self.c * (TILE * 2) + self.row_warp * 32 + (self.g >> 1) * 8
+            hw.store_shared(address, pairs, _BUFFER.value_scales)
+        # Matrix i of a store: head block 2 k + i // 2, tokens 8 (i % 2) .. of the warp's 16.
+        matrix, head = self.lane >> 3, self.lane & 7
+        column = (self.row_warp * 2 + (matrix & 1)) ^ head
+        address = buffer + _BUFFER.weights + ((matrix >> 1) * 8 + head) * 128 + column * 16
+        for k in range(_BLOCKS // 2):
+            values = [
+                hw.f16x2(weights[n][2 * r] * factors[r], weights[n][2 * r + 1] * factors[r])
+                for n in (2 * k, 2 * k + 1)
+                for r in range(2)
+            ]
+            hw.store_matrices_transposed(address + k * 16 * 128, values)
+        hw.fence_async_proxy()
+
+    def decayed(self, sums: list[Reg], t: Reg, flag: Reg | None = None) -> list[Reg]:
+        """The sums under the ceilings of tile t; `flag`: whether it raised them."""
+        buffer = self.buffer(t)
+        if flag is None:
+            flag = hw.load_shared(buffer, _BUFFER.flag, words=1)[0].ne(0)
+
+        def decayed() -> list[Reg]:
+            decay = hw.load_shared_f32(buffer + self.lane * 8, _BUFFER.decay, words=2)
+            return [a * b for a, b in zip(sums, decay, strict=True)]
+
+        return hw.cond(flag, decayed, sums)
+
+    def weigh(self, tile: Reg, first_tile: Reg, slot: Reg, sums: list[Reg]) -> list[Reg]:
+        """Scores and weights of a tile; returns the sums of P over this warpgroup's tiles."""
+        stage = tile % STAGES
+        row = self.rows + stage * _TILE_BYTES + (self.row_warp * _WARP_ROWS + self.g) * _ROW
+        buffer = self.buffer(tile)
+        mask = hw.ballot(slot < min(self.num_slots, 2**31))
+        hw.mbarrier_wait(self.rows_full + stage * 8, tile // STAGES & 1)
+        x, powers = self.scores(row, mask, tile - first_tile)
+        # The ceilings are those of the tile before, and the buffer's last values are done with.
+        follows = tile > first_tile
+        with hw.when(follows):
+            hw.mbarrier_wait(self.weights_full + ((tile - 1) & 1) * 8, (tile - 1) // 2 & 1)
+        with hw.when(tile > 1):
+            hw.mbarrier_wait(self.rows_free + (tile - 2) % STAGES * 8, (tile - 2) // STAGES & 1)
+        sums = hw.cond(follows, lambda: self.decayed(sums, tile - 1), sums)
+        weights, scale, outgrown = self.softmax(buffer, x, powers)
+        sums = self.decayed(sums, tile, outgrown)
+        self.publish(buffer, row, scale, weights, powers)
+        hw.warp_sync()
+        with hw.when(self.lane.eq(0)):
+            hw.mbarrier_arrive(self.weights_full + (tile & 1) * 8)
+        new = self.reduce_over_rows(
+            [[b[h] + b[2 + h] for h in range(2)] for b in weights], lambda a, b: a + b
+        )
+        return [a + b for a, b in zip(sums, new, strict=True)]
+
+    # ---- values
+
+    def values(self, tile: Reg, acc: list[list[Reg]]) -> list[list[Reg]]:
+        """Adds a tile's values to O^T [4 blocks of 64 dims][32]."""
+        stage, buffer = tile % STAGES, self.buffer(tile)
+        hw.mbarrier_wait(self.rows_full + stage * 8, tile // STAGES & 1)
+        hw.mbarrier_wait(self.weights_full + (tile & 1) * 8, tile // 2 & 1)
+        flag, ratio = hw.load_shared(buffer, _BUFFER.flag, words=2)
+
+        def rescaled() -> list[list[Reg]]:
+            result = [list(a) for a in acc]
+            for n in range(_BLOCKS):
+                decay = hw.load_shared_f32(buffer + self.c * 8, _BUFFER.decay + n * 32, words=2)
+                factors = [d * hw.as_f32(ratio) for d in decay]
+                for a in result:
+                    for i in range(4):
+                        a[4 * n + i] = a[4 * n + i] * factors[i % 2]
+            return result
+
+        acc = hw.cond(flag.ne(0), rescaled, acc)
+        weights = hw.matrix_descriptor(buffer + _BUFFER.weights)
+        rows = (
+            self.rows
+            + stage * _TILE_BYTES
+            + (self.lane & 15) * _ROW
+            + (self.lane >> 4) * 16
+            + self.warpgroup * (layout.KV_LORA_RANK // 2)
+            + self.row_warp * 32
+        )
+        value_scales = buffer + _BUFFER.value_scales + self.warpgroup * (2 * TILE * 2) + self.c * 8
+
+        for k in range(TILE // 16):
+            for group in range(2):
+                low, high = hw.load_shared(value_scales, k * 32 + group * (TILE * 2), words=2)
+                bytes_ = hw.load_matrices_transposed(rows, k * (16 * _ROW) + 128 * group)
+                steps = []
+                for b in range(2):
+                    a0, a1 = hw.e4m3x4_to_f16x2(hw.permute_bytes(bytes_[2 * b], 0x3120))
+                    a2, a3 = hw.e4m3x4_to_f16x2(hw.permute_bytes(bytes_[2 * b + 1], 0x3120))
+                    a = [
+                        hw.multiply_f16x2(x, y)
+                        for x, y in zip([a0, a1, a2, a3], [low, low, high, high], strict=True)
+                    ]
+                    steps.append(WgmmaStep(b, a, 32 * k))
+                two = hw.wgmma_m64n64k16(acc[2 * group : 2 * group + 2], weights, steps, "f16")
+                acc = [*acc[: 2 * group], *two, *acc[2 * group + 2 :]]
+        flat = hw.wgmma_wait(0, [r for a in acc for r in a])
+        acc = [flat[32 * i : 32 * i + 32] for i in range(4)]
+        hw.warp_sync()
+        with hw.when(self.lane.eq(0)):
+            hw.mbarrier_arrive(self.rows_free + stage * 8)
+        return acc
+
+    # ---- the computing warpgroups
+
+    def attend(self, num_tiles: Reg, first_tile: Reg) -> None:
+        """Attention of the columns over one list of keys, up to the stored result.
+
+        Args:
+          num_tiles: tiles of the list.
+          first_tile: tiles of all lists before it.
+        """
+        zero = hw.f32(0.0)
+        end = first_tile + num_tiles
+        with hw.when(self.thread.eq(0)):
+            hw.store_shared(self.smem, [hw.u32(_SMALLEST_SCALE_EXPONENT << 23)], _SMEM.scale)
+        self.store_queries()
+        hw.fence_async_proxy()
+        self.compute_sync()
+
+        # A warpgroup's steps: the weights of its next tile, then the values of the tile before,
+        # which is the other's, and of this one.
+        parity = (first_tile ^ self.warpgroup) & 1
+        num_steps = hw.select(
+            parity.eq(0) & num_tiles.ne(0), num_tiles // 2 + 1, (num_tiles + 1) // 2
+        )
+
+        def step(m: Reg, carry: Any) -> Any:
+            acc, sums, slot = carry
+            t = m * 2 + parity
+            tile = first_tile + t
+            next_slot = self.load_slot(t + 2)
+            sums = hw.cond(tile < end, lambda: self.weigh(tile, first_tile, slot, sums), sums)
+            first = hw.select(t.eq(0), tile, tile - 1)
+            count = hw.minimum(tile + 1, end) - first
+            acc = hw.for_loop(count, acc, lambda i, acc: self.values(first + i, acc))
+            return acc, sums, next_slot
+
+        state = ([[zero] * 32 for _ in range(4)], [zero, zero], self.load_slot(parity))
+        acc, sums, _ = hw.for_loop(num_steps, state, step)
+        last = end - 1
+        is_behind = num_tiles.ne(0) & ((last ^ self.warpgroup) & 1).ne(0)
+        sums = hw.cond(is_behind, lambda: self.decayed(sums, last), sums)
+        self.finish(acc, sums)
+
+    def compute_sync(self) -> None:
+        """All warps of the computing warpgroups arrived, and see each other's shared memory."""
+        hw.named_barrier(hw.u32(_COMPUTE_BARRIER), hw.WARP * _COMPUTE_WARPS)
+
+    def finish(self, acc: list[list[Reg]], sums: list[Reg]) -> None:
+        """Adds up the warps' sums, stores lse, applies the softmax's denominator, stores out."""
+        partial = self.smem + _SMEM.partial
+        factors = self.smem + _SMEM.buffers  # [column], where P was
+        # The last tile's maxima lie there, too.
+        self.compute_sync()
+        hw.store_shared(partial + self.warp * (COLUMNS * 4) + self.lane * 8, sums)
+        self.compute_sync()
+        with hw.when(self.thread < COLUMNS):
+            denominator = functools.reduce(
+                lambda a, b: a + b,
+                [
+                    hw.load_shared_f32(partial + self.thread * 4, w * COLUMNS * 4, words=1)[0]
+                    for w in range(_COMPUTE_WARPS)
+                ],
+            )
+            (ceiling,) = hw.load_shared_f32(self.column_state(self.thread), 8, words=1)
+            (scale,) = hw.load_shared_f32(self.smem, _SMEM.scale, words=1)
+            column = self.first_column + self.thread
+            normalizer = denominator
+            sink = self.load_sink(hw.minimum(column, self.num_columns - 1))
+            if sink is not None:
+                # out * sigmoid(lse - sink): the sink is one more term of the denominator.
+                normalizer = denominator + hw.exp2(sink * hw.LOG2_E - ceiling)
+            inverse = hw.select(denominator > 0.0, hw.reciprocal(normalizer), hw.f32(0.0))
+            with hw.when(column < self.num_columns):
+                self.store_lse(column, (ceiling + hw.log2(denominator)) * hw.LN_2)
+            unit = self.store_unit(column, scale * 2.0**-_VALUE_HEADROOM)
+            factor = inverse * 2.0**-_WEIGHT_HEADROOM
+            hw.store_shared(factors + self.thread * 4, [factor * unit])
+        self.compute_sync()
+
+        dim = self.warpgroup * (layout.KV_LORA_RANK // 2) + self.row_warp * 32 + self.g * 2
+        for n in range(_BLOCKS):
+            factor = hw.load_shared_f32(factors + self.c * 8, n * 32, words=2)
+            for h in range(2):
+                column = self.first_column + (8 * n + h) + self.c * 2
+                with hw.when(column < self.num_columns):
+                    for b in range(4):
+                        pair = [acc[b][4 * n + i] * factor[h] for i in (h, 2 + h)]
+                        self.store_out(column, dim + (128 * (b // 2) + 16 * (b % 2)), pair)
