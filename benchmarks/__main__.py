@@ -58,7 +58,7 @@ SPARSE_BATCHES = {
     64: (1, 8, 32, 64, 128),
     128: (1, 8, 32, 64, 128),
 }
-XLA_BATCHES = {8: (1, 8, 32, 64, 128), 16: (1, 8, 32, 64, 128), 64: (128,)}
+XLA_BATCHES = {8: (1, 8, 32, 64, 128), 16: (1, 32, 128), 64: (128,)}
 PREFILL_TOKENS, PREFILL_POOL_TOKENS = 2048, 8192
 CACHE_WRITE_TOKENS = (1, 128, 1024, 8192)
 PADDING_TOKENS = (1, 8, 32, 64, 128)
@@ -403,7 +403,7 @@ def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
             with_xla = tokens in XLA_BATCHES.get(heads, ())
             yield "sparse", sparse(heads, tokens, POOL_TOKENS, with_xla)
 
-    for heads in (8, 16):
+    for heads in (8, 16, 64, 128):
         yield from decode(heads)
         yield "sparse", sparse(heads, PREFILL_TOKENS, PREFILL_POOL_TOKENS, heads == 8)
     for heads, q_len, batch, kv_len in DENSE_SHAPES:
@@ -422,7 +422,7 @@ def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
     for padded in layout.HEAD_TILES:
         for tokens in PADDING_TOKENS:
             yield "padding", functools.partial(padding_row, 8, padded, tokens)
-    for heads in (24, 32, 64, 128):
+    for heads in (24, 32):
         yield from decode(heads)
 
 

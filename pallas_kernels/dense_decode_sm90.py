@@ -1,17 +1,18 @@
-"""Dense paged MLA decode over the `fp8_ds_mla` cache on Hopper, natively for few heads per device.
+"""Dense paged MLA decode over the `fp8_ds_mla` cache on Hopper, for any number of heads per device.
 
 For sequence b and draft token j, at position `kv_lens[b] - q_len + j`, over the keys up to its own,
 
     s = sm_scale * q . [kv_c, k_pe]      out = softmax(s) @ kv_c      lse = log(sum(exp(s)))
 
 The heads of all q_len tokens of a sequence are columns of one matrix, since they read the same
-rows; a CTA takes 8 to 32 of them and runs `WarpAttention`, where layout, numerics and budgets are
-described. More columns are computed in groups, each of which reads the rows again (mostly from L2).
+rows. Up to 32 are a CTA's, which runs `WarpAttention`; more are computed by `WarpgroupAttention` in
+groups of 64, each of which reads the rows again (mostly from L2). Layout, numerics and budgets are
+described there.
 
 The grid is persistent. `WorkSplit` gives each CTA an equal share of the keys, however uneven the
 lengths are, as a few segments; parts of a sequence are merged by a second kernel (`split_kv_sm90`).
 
-    lengths ── every warp: share of its CTA ──▶ segments ── WarpAttention ──▶ out, lse
+    lengths ── every warp: share of its CTA ──▶ segments ── attention ──▶ out, lse
                                                                  └─▶ partials ── merge ──▶ out, lse
 
 Rows
@@ -31,6 +32,7 @@ the compute of a round is 2.4 us with 8 columns (measured for the sparse kernel)
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +51,12 @@ from pallas_kernels.warp_attention_sm90 import (
     WarpAttention,
     WarpTiling,
 )
+from pallas_kernels.warpgroup_attention_sm90 import (
+    COLUMNS,
+    WarpgroupAttention,
+    WarpgroupTiling,
+    cta_tiling,
+)
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -58,13 +66,14 @@ class DenseDecodeConfig:
     """How `dense_decode_sm90` divides its work.
 
     Attributes:
-      head_tile: query columns (heads x q_len) per CTA, 8, 16, 24 or 32. More columns take several
-        CTAs (column groups), each of which reads the rows again.
+      head_tile: query columns (heads x q_len) per CTA: 8, 16, 24 or 32 (`WarpAttention`), or 64
+        (`WarpgroupAttention`). More columns take several CTAs (column groups), each of which reads
+        the rows again.
       num_ctas: CTAs that share the keys of a column group.
-      num_warpgroups: 1 or 2 (4 or 8 warps per CTA).
-      num_stages: 16-token tiles that a warp keeps in flight, 1 to 4.
-      segment_cost: fixed cost of a sequence's share in a CTA, in rounds of `64 * num_warpgroups`
-        keys; 0 to 16.
+      num_warpgroups: 1 or 2 (4 or 8 warps per CTA); 3 with `head_tile` 64.
+      num_stages: tiles in flight, 1 to 4 of 16 tokens per warp; 3 of 64 tokens with `head_tile` 64.
+      segment_cost: fixed cost of a sequence's share in a CTA, in rounds of its keys (`64 *
+        num_warpgroups`, or 64 with `head_tile` 64); 0 to 16.
     """
 
     head_tile: int
@@ -81,9 +90,14 @@ class DenseDecodeConfig:
         _ = self.tiling  # checks the rest
 
     @property
-    def tiling(self) -> WarpTiling:
-        """How a CTA's warps divide its keys."""
-        return WarpTiling(self.head_tile, self.num_warpgroups, self.num_stages)
+    def is_wide(self) -> bool:
+        """Whether CTAs take 64 columns, by warpgroups."""
+        return self.head_tile == COLUMNS
+
+    @property
+    def tiling(self) -> WarpTiling | WarpgroupTiling:
+        """How a CTA divides its keys."""
+        return cta_tiling(self.head_tile, self.num_warpgroups, self.num_stages)
 
     @property
     def smem_bytes(self) -> int:
@@ -103,15 +117,18 @@ def default_config(batch: int, num_columns: int, capacity: int) -> DenseDecodeCo
       num_columns: heads x q_len.
       capacity: keys that a sequence's page table can hold.
     """
-    groups = -(-num_columns // CTA_HEAD_TILES[-1])
-    head_tile = -(-num_columns // groups // HEAD_BLOCK) * HEAD_BLOCK
+    if num_columns > CTA_HEAD_TILES[-1]:
+        groups, wide = -(-num_columns // COLUMNS), WarpgroupTiling()
+        rounds = batch * -(-capacity // wide.tokens_per_round)
+        num_ctas = min(max(1, hw.NUM_SMS // groups), rounds)
+        return DenseDecodeConfig(COLUMNS, num_ctas, wide.num_warpgroups, wide.num_stages)
+    head_tile = -(-num_columns // HEAD_BLOCK) * HEAD_BLOCK
     config = DenseDecodeConfig(head_tile)
     if head_tile == HEAD_BLOCK and batch * capacity <= hw.NUM_SMS * config.tiling.tokens_per_round:
         # A round for each SM or less: half as many warps wait less for each other.
         config = DenseDecodeConfig(head_tile, num_warpgroups=1, num_stages=4)
     rounds = batch * -(-capacity // config.tiling.tokens_per_round)
-    num_ctas = min(max(1, hw.NUM_SMS // groups), rounds)
-    return dataclasses.replace(config, num_ctas=num_ctas)
+    return dataclasses.replace(config, num_ctas=min(hw.NUM_SMS, rounds))
 
 
 # ---------------------------------------------------------------------------------------- kernel
@@ -137,10 +154,17 @@ class _Problem(NamedTuple):
         return self.pages_per_seq * self.page_size
 
 
-class _Cta(WarpAttention):
-    """The code of one CTA: (share of the keys, column group) = `program`."""
+class _Sequences:
+    """Which keys a CTA, (share of the keys, column group) = `program`, takes, and its results."""
 
     segment: Segment
+    # Of `WarpAttention` and `WarpgroupAttention`.
+    thread: Reg
+    lane: Reg
+    row_warp: Reg
+    g: Reg
+    c: Reg
+    first_column: Reg
 
     def __init__(
         self, config: DenseDecodeConfig, problem: _Problem, refs: dict[str, Any], program: Reg
@@ -149,24 +173,28 @@ class _Cta(WarpAttention):
         groups = -(-problem.num_columns // config.head_tile)
         # The groups of a share run side by side, so that one of them finds the rows in L2.
         self.cta = program // groups
-        super().__init__(
-            config.tiling,
-            smem=hw.shared_address(refs["smem"]),
-            kv_cache=hw.global_address(refs["kv_cache"]),
-            num_slots=problem.num_pages * problem.page_size,
-            rows_per_copy=math.gcd(problem.page_size, TOKEN_TILE),
-            num_columns=problem.num_columns,
-            first_column=program % groups * config.head_tile,
-            sm_scale=problem.sm_scale,
-        )
+        self.group = program % groups
         self.address = {
             name: hw.global_address(ref) for name, ref in refs.items() if name != "smem"
+        }
+
+    def common(self, refs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of either base class."""
+        problem = self.problem
+        return {
+            "smem": hw.shared_address(refs["smem"]),
+            "kv_cache": self.address["kv_cache"],
+            "num_slots": problem.num_pages * problem.page_size,
+            "rows_per_copy": math.gcd(problem.page_size, TOKEN_TILE),
+            "num_columns": problem.num_columns,
+            "first_column": self.group * self.config.head_tile,
+            "sm_scale": problem.sm_scale,
         }
 
     def tile_start(self, t: Reg | int) -> Reg:
         """Position of the first key of the warp's t-th tile."""
         unit = self.segment.first_unit + t
-        return (unit * self.tiling.num_warps + self.warp) * TOKEN_TILE
+        return (unit * self.config.tiling.row_warps + self.row_warp) * TOKEN_TILE
 
     def load_slot(self, t: Reg | int) -> Reg:
         """The page table's entry; nothing where the key or the page does not exist."""
@@ -181,10 +209,9 @@ class _Cta(WarpAttention):
         slot = page * problem.page_size + position % problem.page_size
         return hw.select(exists, slot, hw.u32(-1))
 
-    def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
+    def without_future(self, scores: list[list[Reg]], t: Reg) -> list[list[Reg]]:
         """Draft token j does not see the last `q_len - 1 - j` keys."""
         problem = self.problem
-        scores = super().visible(scores, mask, t)
         if problem.q_len == 1:
             return scores
         start = self.tile_start(t)
@@ -209,7 +236,7 @@ class _Cta(WarpAttention):
         return hw.cond(touched, causal, scores)
 
     def query_address(self, column: Reg) -> Reg:
-        row = self.segment.request * self.num_columns + column
+        row = self.segment.request * self.problem.num_columns + column
         return hw.element_address(self.address["q"], row, 2 * layout.LATENT_DIM)
 
     def load_sink(self, column: Reg) -> Reg | None:
@@ -223,7 +250,7 @@ class _Cta(WarpAttention):
         """The column's row in the final results, or in the partial ones."""
         segment = self.segment
         rows = hw.select(segment.final, segment.request, segment.slot)
-        return rows * self.num_columns + column
+        return rows * self.problem.num_columns + column
 
     def store_lse(self, column: Reg, lse: Reg) -> None:
         final, partial = self.address["lse"], self.address["partial_lse"]
@@ -244,12 +271,40 @@ class _Cta(WarpAttention):
         with hw.when(self.thread * 128 < row_bytes):
             hw.prefetch_global(hw.element_address(row, self.thread, 128))
 
+    def prefetch_first_pages(self, split: WorkSplit) -> None:
+        """Where this CTA begins if the lengths are about equal; they are still on their way."""
+        if split.batch <= split.num_ctas:
+            self.prefetch_pages(hw.minimum(self.cta // split.ctas_per_sequence, split.batch - 1))
+
+    def for_each_segment(self, split: WorkSplit, attend: Callable[[Segment], None]) -> None:
+        """Calls `attend` in a loop over the CTA's segments, `self.segment` being it."""
+
+        def body(segment: Segment) -> None:
+            self.segment = segment
+            attend(segment)
+
+        addresses = (self.address["kv_lens"], self.address["segments"])
+        split.for_each_segment(*addresses, self.cta, body)
+
+
+class _FewColumns(_Sequences, WarpAttention):
+    """A CTA of up to 32 columns."""
+
+    def __init__(
+        self, config: DenseDecodeConfig, problem: _Problem, refs: dict[str, Any], program: Reg
+    ) -> None:
+        _Sequences.__init__(self, config, problem, refs, program)
+        tiling = config.tiling
+        assert isinstance(tiling, WarpTiling)
+        WarpAttention.__init__(self, tiling, **self.common(refs))
+
+    def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
+        return self.without_future(super().visible(scores, mask, t), t)
+
     def run(self, split: WorkSplit) -> None:
         """Segment after segment."""
+        self.prefetch_first_pages(split)
         self.init_barriers()
-        if split.batch <= split.num_ctas:
-            # Where this CTA begins if the lengths are about equal; they are still on their way.
-            self.prefetch_pages(hw.minimum(self.cta // split.ctas_per_sequence, split.batch - 1))
 
         def release() -> None:
             # Every warp has read the results that the last merge left where rows go now. Not at
@@ -258,12 +313,38 @@ class _Cta(WarpAttention):
                 hw.fence_async_proxy()
                 hw.cta_sync()
 
-        def attend(segment: Segment) -> None:
-            self.segment = segment
-            self.attend(segment.num_units, segment.first_round, release)
+        self.for_each_segment(
+            split, lambda segment: self.attend(segment.num_units, segment.first_round, release)
+        )
 
-        addresses = (self.address["kv_lens"], self.address["segments"])
-        split.for_each_segment(*addresses, self.cta, attend)
+
+class _ManyColumns(_Sequences, WarpgroupAttention):
+    """A CTA of 64 columns."""
+
+    def __init__(
+        self, config: DenseDecodeConfig, problem: _Problem, refs: dict[str, Any], program: Reg
+    ) -> None:
+        _Sequences.__init__(self, config, problem, refs, program)
+        WarpgroupAttention.__init__(self, **self.common(refs))
+
+    def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
+        return self.without_future(super().visible(scores, mask, t), t)
+
+    def run(self, split: WorkSplit) -> None:
+        """Segment after segment; each role finds them by itself."""
+        self.prefetch_first_pages(split)
+        self.start()
+
+        def gather(segment: Segment) -> None:
+            self.gather_rows(segment.num_units, segment.first_round)
+
+        def compute(segment: Segment) -> None:
+            self.attend(segment.num_units, segment.first_round)
+
+        self.run_roles(
+            gather=lambda: self.for_each_segment(split, gather),
+            compute=lambda: self.for_each_segment(split, compute),
+        )
 
 
 # ---------------------------------------------------------------------------------------- launch
@@ -289,7 +370,7 @@ def dense_decode_sm90(
     Bitwise deterministic. Lengths may differ as they like: the keys are divided on the device.
 
     Args:
-      q: bfloat16 `[batch, q_len, heads, 576]`, absorbed: `ql_nope ++ q_pe`. Up to 32 (token, head)
+      q: bfloat16 `[batch, q_len, heads, 576]`, absorbed: `ql_nope ++ q_pe`. Up to 64 (token, head)
         columns share the read of a row, more are computed in groups. Nothing needs padding.
       kv_cache: uint8 `[num_pages, page_size, 656]`, `fp8_ds_mla`, any page size (multiples of 16
         are fastest), beyond 2**31 bytes, too.
@@ -360,7 +441,8 @@ def _decode(
             del ctx
             *values, program = args
             named = dict(zip(names, values, strict=True))
-            _Cta(config, problem, named, Reg(program.registers.item())).run(split)
+            code = _ManyColumns if config.is_wide else _FewColumns
+            code(config, problem, named, Reg(program.registers.item())).run(split)
 
         cta(*refs, lax.axis_index("cta").astype(jnp.int32))
 

@@ -40,11 +40,10 @@ from pallas_kernels.warp_attention_sm90 import (
 )
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
-    NUM_WARPGROUPS,
-    SMEM_BYTES,
-    STAGES,
     TILE,
     WarpgroupAttention,
+    WarpgroupTiling,
+    cta_tiling,
 )
 
 MAX_SPLITS = 64
@@ -78,13 +77,7 @@ class SparseAttentionConfig:
                 f"num_splits={self.num_splits} must be 1 to {MAX_SPLITS}: the merge holds one value"
                 " of each split in registers"
             )
-        if not self.is_wide:
-            _ = self.tiling  # checks the rest
-        elif (self.num_warpgroups, self.num_stages) != (NUM_WARPGROUPS, STAGES):
-            raise ValueError(
-                f"num_warpgroups={self.num_warpgroups}, num_stages={self.num_stages}: head_tile"
-                f" {COLUMNS} comes with {NUM_WARPGROUPS} and {STAGES}"
-            )
+        _ = self.tiling  # checks the rest
 
     @property
     def is_wide(self) -> bool:
@@ -92,24 +85,24 @@ class SparseAttentionConfig:
         return self.head_tile == COLUMNS
 
     @property
-    def tiling(self) -> WarpTiling:
-        """How a CTA's warps divide its keys, with up to 32 heads."""
-        return WarpTiling(self.head_tile, self.num_warpgroups, self.num_stages)
+    def tiling(self) -> WarpTiling | WarpgroupTiling:
+        """How a CTA divides its keys."""
+        return cta_tiling(self.head_tile, self.num_warpgroups, self.num_stages)
 
     @property
     def tokens_per_round(self) -> int:
         """Keys that one CTA takes per iteration of its main loop."""
-        return TILE if self.is_wide else self.tiling.tokens_per_round
+        return self.tiling.tokens_per_round
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of one CTA."""
-        return SMEM_BYTES if self.is_wide else self.tiling.smem_bytes
+        return self.tiling.smem_bytes
 
     @property
     def ctas_per_sm(self) -> int:
         """CTAs that fit on an SM."""
-        return 1 if self.is_wide else self.tiling.ctas_per_sm
+        return self.tiling.ctas_per_sm
 
 
 def default_config(tokens: int, num_heads: int, topk: int) -> SparseAttentionConfig:
@@ -121,8 +114,9 @@ def default_config(tokens: int, num_heads: int, topk: int) -> SparseAttentionCon
     """
     candidates = _few_heads_configs(tokens, num_heads, topk)
     if num_heads > CTA_HEAD_TILES[-1]:
+        wide = WarpgroupTiling()
         candidates += [
-            SparseAttentionConfig(COLUMNS, num_splits, NUM_WARPGROUPS, STAGES)
+            SparseAttentionConfig(COLUMNS, num_splits, wide.num_warpgroups, wide.num_stages)
             for num_splits in _SPLITS
             if (num_splits - 1) * TILE < topk
         ]
@@ -181,7 +175,7 @@ def _estimated_few_heads_us(
     resident = hw.NUM_SMS * config.ctas_per_sm
     full_waves, rest = divmod(ctas, resident)
     rounds = -(-topk // (config.num_splits * config.tokens_per_round))
-    blocks = config.tiling.head_blocks
+    blocks = config.head_tile // HEAD_BLOCK
     round_us = 1.1 + 0.6 * blocks if config.num_warpgroups == 1 else 1.7 + 0.9 * blocks
     fixed_us = 2.2 + 0.5 * config.num_warpgroups + 0.4 * (blocks - 1)
     # Four warps alone on an SM do not keep enough rows in flight for the full bandwidth.
@@ -246,7 +240,6 @@ class _Keys:
             negative = (length >> 31).ne(0)
             self.length = hw.select(negative, hw.u32(0), hw.minimum(length, problem.topk))
         # Tiles go round the warps of all splits, so that a short list is shared evenly.
-        self.row_warps = config.tokens_per_round // TOKEN_TILE
         round_tokens = config.num_splits * config.tokens_per_round
         self.num_rounds = (
             self.length + (round_tokens - 1) - self.split * config.tokens_per_round
@@ -268,7 +261,9 @@ class _Keys:
     def load_slot(self, t: Reg | int) -> Reg:
         """Warps take the list's tiles in turns, all splits' warps together."""
         t = hw.u32(t) if isinstance(t, int) else t
-        tile = (t * self.config.num_splits + self.split) * self.row_warps + self.row_warp
+        tile = (
+            t * self.config.num_splits + self.split
+        ) * self.config.tiling.row_warps + self.row_warp
         position = tile * TOKEN_TILE + (self.lane & (TOKEN_TILE - 1))
         row = hw.element_address(self.address["indices"], self.token, 4 * self.problem.topk)
         address = hw.element_address(row, hw.minimum(position, self.problem.topk - 1), 4)
@@ -309,7 +304,9 @@ class _FewHeads(_Keys, WarpAttention):
         self, config: SparseAttentionConfig, problem: _Problem, refs: dict[str, Any], program: Reg
     ) -> None:
         _Keys.__init__(self, config, problem, refs, program)
-        WarpAttention.__init__(self, config.tiling, **self.common(refs))
+        tiling = config.tiling
+        assert isinstance(tiling, WarpTiling)
+        WarpAttention.__init__(self, tiling, **self.common(refs))
 
     def run(self) -> None:
         self.attend(self.num_rounds, hw.u32(0), self.init_barriers)

@@ -148,7 +148,7 @@ class WarpTiling:
 
     def __post_init__(self) -> None:
         if self.head_tile not in CTA_HEAD_TILES:
-            raise ValueError(f"head_tile={self.head_tile} must be one of {CTA_HEAD_TILES}")
+            raise ValueError(f"head_tile={self.head_tile} must be one of {CTA_HEAD_TILES}, or 64")
         if self.num_warpgroups not in (1, 2):
             raise ValueError(
                 f"num_warpgroups={self.num_warpgroups} must be 1 or 2: with 3, a thread has 168"
@@ -165,6 +165,11 @@ class WarpTiling:
     @property
     def num_warps(self) -> int:
         return 4 * self.num_warpgroups
+
+    @property
+    def row_warps(self) -> int:
+        """Warps that take 16 different rows each."""
+        return self.num_warps
 
     @property
     def num_threads(self) -> int:

@@ -77,6 +77,7 @@ warpgroup: 133 us against 93 for 128 tokens.
 """
 
 import abc
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -85,7 +86,7 @@ from typing import Any, NamedTuple
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
 from pallas_kernels.hopper import Reg, WgmmaStep
-from pallas_kernels.warp_attention_sm90 import copy_rows, query_scales
+from pallas_kernels.warp_attention_sm90 import WarpTiling, copy_rows, query_scales
 
 COLUMNS = 64
 """Query columns of a CTA: the N of its MMAs."""
@@ -95,9 +96,6 @@ TILE = 64
 
 STAGES = 3
 """Tiles of raw rows in flight."""
-
-NUM_WARPGROUPS = 3
-"""Two that compute, one that gathers."""
 
 _COMPUTE_WARPS = 8
 _ROW = layout.FP8_ROW_BYTES
@@ -157,8 +155,56 @@ class _SharedLayout(NamedTuple):
 
 _SMEM = _SharedLayout()
 
-SMEM_BYTES = _SMEM.end
-"""Shared memory of a CTA."""
+
+@dataclasses.dataclass(frozen=True)
+class WarpgroupTiling:
+    """How one CTA divides its work; there is one way.
+
+    Attributes:
+      head_tile: query columns of the CTA.
+      num_warpgroups: two that compute, one that gathers.
+      num_stages: tiles of raw rows in flight.
+    """
+
+    head_tile: int = COLUMNS
+    num_warpgroups: int = 3
+    num_stages: int = STAGES
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"{field.name}={getattr(self, field.name)} must be {field.default} with"
+                    f" head_tile={COLUMNS}"
+                )
+
+    @property
+    def row_warps(self) -> int:
+        """Warps that take 16 different rows each."""
+        return TILE // _WARP_ROWS
+
+    @property
+    def tokens_per_round(self) -> int:
+        """Keys that the CTA takes per step."""
+        return TILE
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of the CTA."""
+        return _SMEM.end
+
+    @property
+    def ctas_per_sm(self) -> int:
+        """CTAs that fit on an SM."""
+        return 1
+
+
+def cta_tiling(
+    head_tile: int, num_warpgroups: int, num_stages: int
+) -> WarpTiling | WarpgroupTiling:
+    """The tiling of a CTA of `head_tile` columns: 8, 16, 24, 32, or 64 by warpgroups."""
+    kind = WarpgroupTiling if head_tile == COLUMNS else WarpTiling
+    return kind(head_tile, num_warpgroups, num_stages)
 
 
 class WarpgroupAttention(abc.ABC):
@@ -188,7 +234,7 @@ class WarpgroupAttention(abc.ABC):
     ) -> None:
         """See the class, and `WarpAttention` for the arguments.
 
-        `smem` are `SMEM_BYTES` at a multiple of 1024.
+        `smem` are `WarpgroupTiling.smem_bytes` at a multiple of 1024.
         """
         self.smem, self.kv_cache = smem, kv_cache
         self.num_slots, self.rows_per_copy, self.sm_scale = num_slots, rows_per_copy, sm_scale

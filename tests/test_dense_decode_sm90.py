@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ CONFIGS = [
         *((8, 132, 2, 2, 1), (8, 264, 1, 2, 2), (8, 1, 2, 1, 1), (8, 7, 1, 4, 0)),
         *((16, 132, 2, 2, 0), (16, 3, 1, 3, 16), (24, 40, 2, 2, 1), (24, 264, 1, 2, 1)),
         *((32, 66, 2, 1, 1), (32, 5, 1, 3, 1)),
+        *((64, 132, 3, 3, 2), (64, 1, 3, 3, 0), (64, 7, 3, 3, 1), (64, 40, 3, 3, 16)),
     )
 ]
 
@@ -130,7 +132,7 @@ def test_lowers_inside_shard_map_and_while_loop():
 
 @pytest.mark.parametrize("empty", ["batch", "q_len", "pages", "num_pages"])
 def test_nothing_to_attend_to_needs_no_kernel(empty):
-    sizes = {"batch": 3, "heads": 8, "pages": 5} | {empty: 0}
+    sizes: dict[str, Any] = {"batch": 3, "heads": 8, "pages": 5} | {empty: 0}
     assert num_kernels(lowered(**sizes)) == 0
 
 
@@ -173,6 +175,7 @@ def test_says_what_is_wrong_with_an_argument(change, error, words):
         ({"head_tile": 8, "num_stages": 5}, "num_stages=5"),
         ({"head_tile": 8, "segment_cost": -1}, "segment_cost=-1"),
         ({"head_tile": 32, "num_stages": 3}, "shared memory"),
+        ({"head_tile": 64}, "num_warpgroups=2"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
@@ -186,7 +189,7 @@ def test_default_config_fits_the_shapes(columns):
     for batch, capacity in itertools.product((1, 2, 128, 5000), (1, 64, 4096, 131_072)):
         config = default_config(batch, columns, capacity)
         groups = -(-columns // config.head_tile)
-        assert groups == -(-columns // 32), "no column group more than the columns need"
+        assert groups == -(-columns // (32 if columns <= 32 else 64)), "no group too many"
         assert groups * config.num_ctas <= max(132, groups), "one wave"
         keys = config.tiling.tokens_per_round
         assert config.num_ctas <= batch * -(-capacity // keys), "no CTA without any work"
@@ -343,7 +346,7 @@ def test_thousands_of_sequences():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [8, 16])
+@pytest.mark.parametrize("heads", [8, 16, 64])
 def test_the_longest_context(heads):
     rng = np.random.default_rng(5)
     lens = (131_072, 0, 1)
@@ -352,7 +355,7 @@ def test_the_longest_context(heads):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [8, 16, 32])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
 @pytest.mark.parametrize("batch", [1, 140])
 @pytest.mark.parametrize("length", [0, -5])
 def test_sequences_without_a_key(heads, batch, length):

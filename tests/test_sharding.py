@@ -11,7 +11,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mla_jax import mla_decode, mla_prefill, mla_sparse_attention, tensor_parallel
-from tests.helpers import random_q
+from pallas_kernels.dense_decode_sm90 import default_config as dense_config
+from pallas_kernels.sparse_decode_sm90 import default_config as sparse_config
+from tests.helpers import assert_attention_close, random_q
 from tests.test_attention import filled_cache, paged_batch
 
 AXIS_TYPES = [AxisType.Auto, AxisType.Explicit]
@@ -190,3 +192,29 @@ def test_errors_name_argument_and_remedy():
         call(implementation="cuda")
     with pytest.raises(ValueError, match=r"dimension 0, 4, is not divisible by the 8 devices"):
         call(shape=(8, 1), names=("data", "model"), batch_axis="data")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [8, 16])
+@pytest.mark.parametrize("name", ["sparse", "decode"])
+def test_padded_to_the_64_tile_equals_native_on_a_gpu(name, heads):
+    """140 sequences: enough for both kernels to take 64 padded heads as such."""
+    rng = np.random.default_rng(heads)
+    sink = jnp.asarray(rng.normal(size=heads), jnp.float32)
+    if name == "sparse":
+        assert sparse_config(140, 64, 300).head_tile == 64
+        cache = filled_cache(rng, 40, 16)
+        indices = jnp.asarray(rng.integers(-1, cache.num_slots, (140, 300)), jnp.int32)
+        op, arrays = mla_sparse_attention, (random_q(rng, 140, heads, 576), cache, indices)
+    else:
+        assert dense_config(140, 64, 208).head_tile == 64
+        lens = rng.integers(0, 200, 140)
+        cache, table = paged_batch(rng, lens, 16)
+        q = random_q(rng, 140, 1, heads, 576)
+        op, arrays = mla_decode, (q, cache, table, jnp.asarray(lens, jnp.int32))
+    options = {"sm_scale": 0.07, "attn_sink": sink, "return_lse": True}
+    options["implementation"] = "mosaic_gpu"
+    mesh = make_mesh((1,), ("model",), AxisType.Auto)
+    native = op(*arrays, **options)
+    padded = tensor_parallel(op, mesh=mesh, pad_heads=True)(*arrays, **options)
+    assert_attention_close(*padded, *(np.asarray(x, np.float64) for x in native))
