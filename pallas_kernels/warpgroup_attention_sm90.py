@@ -41,9 +41,9 @@ Numbers
   FlashMLA write them; others are rounded to 11 bits, relative to that power. RoPE is multiplied by
   the same power in bfloat16, which is exact, so all 576 dims share one accumulator.
 - float16's range: each query column is scaled by a power of two to 2**14 .. 2**15, undone in the
-  scores. P is at most 1 under a ceiling, which is 2**4 above the largest score when it is set;
-  P times the token's power, relative to the largest so far, becomes float16 times 2**15. When
-  ceiling or power are outgrown, both warpgroups rescale their accumulators.
+  scores. Weights are 2**(score - ceiling): at most 2**15, and 2**11 when the ceiling is set. As
+  float16 they meet the token's power, relative to the largest so far. When ceiling or power are
+  outgrown, both warpgroups rescale their accumulators.
 - What this cannot hold: values lose bits where another token of the CTA, weighty or not, has a
   scale more than 2**24 times as large.
 - A masked token's row is never read from the cache: it is zeros in shared memory, its score -inf.
@@ -108,13 +108,12 @@ _CHUNK_BYTES = COLUMNS * 128
 _WARP_ROWS = 16  # tokens of a warp in the scores; rows that a warp gathers
 _BLOCKS = COLUMNS // 8
 
-# A new ceiling is 2**4 above the largest score.
+# Weights are 2**(score - ceiling), at most 2**15, for float16. A new ceiling leaves 2**4 of it.
+_LARGEST_WEIGHT_EXPONENT = 15
 _MAX_LAG = 4.0
 # Finite, so that -inf - ceiling is -inf and not NaN, and below every score.
 _NO_MAXIMUM = -3.4028234e38
-# P (at most 1) times the token's power of two (at most 1, relative to the running one) becomes
-# float16 times 2**15; values (at most 448 * 2, relative to it) times 2**6.
-_WEIGHT_HEADROOM = 15
+# Values, at most 448 * 2 relative to their token's power of two, become float16 times 2**6.
 _VALUE_HEADROOM = 6
 _SMALLEST_SCALE_EXPONENT = 127 - 100
 # A token's power of two, so that its inverse times RoPE stays in range.
@@ -477,7 +476,9 @@ class WarpgroupAttention(abc.ABC):
                 steps.append(WgmmaStep(0, a, chunk * _CHUNK_BYTES + 32 * s))
             (acc,) = hw.wgmma_m64n64k16([acc], queries, steps, "f16")
             # Registers are for two chunks' operands.
-            hw.wgmma_wait(1)
+            import os
+
+            hw.wgmma_wait(int(os.environ.get("WW", "1")))
         acc = hw.wgmma_wait(0, acc)
 
         undo = [hw.as_f32(powers[r]) * 2.0**-_VALUE_HEADROOM for r in range(2)]
@@ -517,69 +518,84 @@ class WarpgroupAttention(abc.ABC):
     def softmax(
         self, buffer: Reg, x: list[list[Reg]], powers: list[Reg]
     ) -> tuple[list[list[Reg]], Reg, Reg]:
-        """P [block][4], the scale's bits, and whether it raised the ceilings or these."""
+        """Weights [block][4], the scale's bits, and whether it raised the ceilings or these."""
         scale_address = self.smem + _SMEM.scale
         (scale,) = hw.load_shared(scale_address, words=1)
         # Rounded products: the ceiling is one of them, and enormous ones leave no residue over it.
-        scores, largest = [], hw.f32(-math.inf)
+        scores, weights, largest = [], [], hw.f32(0.0)
         for n in range(_BLOCKS):
             factors, ceilings = self.load_column_state(n)
             scores.append([hw.multiply(x[n][i], factors[i % 2]) for i in range(4)])
-            for i in range(4):
-                largest = hw.maximum(largest, scores[n][i] - ceilings[i % 2])
-        outgrown = (largest > 0.0) | (powers[0] > scale) | (powers[1] > scale)
+            weights.append([hw.exp2(scores[n][i] - ceilings[i % 2]) for i in range(4)])
+            largest = functools.reduce(hw.maximum, weights[n], largest)
+        outgrown = (
+            (largest > 2.0**_LARGEST_WEIGHT_EXPONENT) | (powers[0] > scale) | (powers[1] > scale)
+        )
         outgrown = hw.named_barrier_any(self.warpgroup + _WARPGROUP_BARRIER, 128, outgrown)
         in_warpgroup = self.thread & 127
         with hw.when(in_warpgroup.eq(0)):
             flag = hw.select(outgrown, hw.u32(1), hw.u32(0))
             hw.store_shared(buffer + _BUFFER.flag, [flag])
-        with hw.when(outgrown):
-            partial = self.smem + _SMEM.partial
-            maxima = self.reduce_over_rows(
-                [[hw.maximum(b[h], b[2 + h]) for h in range(2)] for b in scores], hw.maximum
-            )
-            hw.store_shared(partial + self.row_warp * (COLUMNS * 4) + self.lane * 8, maxima)
-            power = hw.reduce_max_u32(hw.maximum_u32(*powers))
-            with hw.when(self.lane.eq(0)):
-                hw.store_shared(scale_address + self.warp * 4, [power], 16)
-            self.warpgroup_sync()
-            with hw.when(in_warpgroup < COLUMNS):
-                state = self.column_state(in_warpgroup)
-                (old,) = hw.load_shared_f32(state, 8, words=1)
-                largest = functools.reduce(
-                    hw.maximum,
-                    [
-                        hw.load_shared_f32(partial + in_warpgroup * 4, w * COLUMNS * 4, words=1)[0]
-                        for w in range(4)
-                    ],
-                )
-                new = hw.select(largest > old, largest + _MAX_LAG, old)
-                hw.store_shared(state, [new], 8)
-                hw.store_shared(buffer + in_warpgroup * 4, [hw.exp2(old - new)], _BUFFER.decay)
-            theirs = hw.load_shared(scale_address + self.warpgroup * 16, 16)
-            new_scale = functools.reduce(hw.maximum_u32, theirs, scale)
-            difference = hw.minimum(new_scale - scale, 127 << 23)
-            with hw.when(in_warpgroup.eq(0)):
-                ratio = hw.as_f32((127 << 23) - difference)
-                hw.store_shared(buffer + _BUFFER.flag, [ratio], 4)
-                hw.store_shared(scale_address, [new_scale])
-            self.warpgroup_sync()
-        (scale,) = hw.load_shared(scale_address, words=1)
-        weights = []
-        for n in range(_BLOCKS):
-            _, ceilings = self.load_column_state(n)
-            weights.append([hw.exp2(scores[n][i] - ceilings[i % 2]) for i in range(4)])
+
+        def raised() -> tuple[list[list[Reg]], Reg]:
+            self.raise_ceilings(buffer, scores, powers, scale)
+            (new_scale,) = hw.load_shared(scale_address, words=1)
+            result = []
+            for n in range(_BLOCKS):
+                _, ceilings = self.load_column_state(n)
+                result.append([hw.exp2(scores[n][i] - ceilings[i % 2]) for i in range(4)])
+            return result, new_scale
+
+        weights, scale = hw.cond(outgrown, raised, (weights, scale))
         return weights, scale, outgrown
+
+    def raise_ceilings(
+        self, buffer: Reg, scores: list[list[Reg]], powers: list[Reg], scale: Reg
+    ) -> None:
+        """Brings ceilings and scale to the tile's scores and powers, and leaves by how much."""
+        scale_address = self.smem + _SMEM.scale
+        partial = self.smem + _SMEM.partial
+        in_warpgroup = self.thread & 127
+        maxima = self.reduce_over_rows(
+            [[hw.maximum(b[h], b[2 + h]) for h in range(2)] for b in scores], hw.maximum
+        )
+        hw.store_shared(partial + self.row_warp * (COLUMNS * 4) + self.lane * 8, maxima)
+        power = hw.reduce_max_u32(hw.maximum_u32(*powers))
+        with hw.when(self.lane.eq(0)):
+            hw.store_shared(scale_address + self.warp * 4, [power], 16)
+        self.warpgroup_sync()
+        with hw.when(in_warpgroup < COLUMNS):
+            state = self.column_state(in_warpgroup)
+            (old,) = hw.load_shared_f32(state, 8, words=1)
+            largest = functools.reduce(
+                hw.maximum,
+                [
+                    hw.load_shared_f32(partial + in_warpgroup * 4, w * COLUMNS * 4, words=1)[0]
+                    for w in range(4)
+                ],
+            )
+            top = largest - _LARGEST_WEIGHT_EXPONENT
+            new = hw.select(top > old, top + _MAX_LAG, old)
+            hw.store_shared(state, [new], 8)
+            hw.store_shared(buffer + in_warpgroup * 4, [hw.exp2(old - new)], _BUFFER.decay)
+        theirs = hw.load_shared(scale_address + self.warpgroup * 16, 16)
+        new_scale = functools.reduce(hw.maximum_u32, theirs, scale)
+        difference = hw.minimum(new_scale - scale, 127 << 23)
+        with hw.when(in_warpgroup.eq(0)):
+            ratio = hw.as_f32((127 << 23) - difference)
+            hw.store_shared(buffer + _BUFFER.flag, [ratio], 4)
+            hw.store_shared(scale_address, [new_scale])
+        self.warpgroup_sync()
 
     def publish(
         self, buffer: Reg, row: Reg, scale: Reg, weights: list[list[Reg]], powers: list[Reg]
     ) -> None:
-        """P times the tokens' powers, and the tokens' scales relative to these, for the values."""
+        """Weights times the tokens' powers; the tokens' scales relative to these; for the values."""
         factors = []
         pairs = []
         for r in range(2):
-            difference = hw.minimum(scale - powers[r], (127 + _WEIGHT_HEADROOM) << 23)
-            factors.append(hw.as_f32(((127 + _WEIGHT_HEADROOM) << 23) - difference))
+            factor = hw.as_f32((127 << 23) - hw.minimum(scale - powers[r], 127 << 23))
+            factors.append(hw.f16x2(factor, factor))
             # Lane c takes care of the 128-dim group c.
             (own,) = hw.load_shared_f32(row + self.c * 4, r * 8 * _ROW + _SCALES_OFFSET, words=1)
             relative = own * hw.as_f32(((2 * 127 + _VALUE_HEADROOM) << 23) - powers[r])
@@ -593,7 +609,7 @@ class WarpgroupAttention(abc.ABC):
         address = buffer + _BUFFER.weights + ((matrix >> 1) * 8 + head) * 128 + column * 16
         for k in range(_BLOCKS // 2):
             values = [
-                hw.f16x2(weights[n][2 * r] * factors[r], weights[n][2 * r + 1] * factors[r])
+                hw.multiply_f16x2(hw.f16x2(weights[n][2 * r], weights[n][2 * r + 1]), factors[r])
                 for n in (2 * k, 2 * k + 1)
                 for r in range(2)
             ]
@@ -612,14 +628,28 @@ class WarpgroupAttention(abc.ABC):
 
         return hw.cond(flag, decayed, sums)
 
-    def weigh(self, tile: Reg, first_tile: Reg, slot: Reg, sums: list[Reg]) -> list[Reg]:
-        """Scores and weights of a tile; returns the sums of P over this warpgroup's tiles."""
+    def scores_of(self, tile: Reg, first_tile: Reg, slot: Reg) -> tuple[list[list[Reg]], list[Reg]]:
+        """`scores`, once the tile's rows are there."""
         stage = tile % STAGES
-        row = self.rows + stage * _TILE_BYTES + (self.row_warp * _WARP_ROWS + self.g) * _ROW
-        buffer = self.buffer(tile)
         mask = hw.ballot(slot < min(self.num_slots, 2**31))
         hw.mbarrier_wait(self.rows_full + stage * 8, tile // STAGES & 1)
-        x, powers = self.scores(row, mask, tile - first_tile)
+        return self.scores(self.score_row(tile), mask, tile - first_tile)
+
+    def score_row(self, tile: Reg) -> Reg:
+        """Address of the first of this lane's two rows."""
+        row = self.row_warp * _WARP_ROWS + self.g
+        return self.rows + tile % STAGES * _TILE_BYTES + row * _ROW
+
+    def weigh(
+        self,
+        tile: Reg,
+        first_tile: Reg,
+        x: list[list[Reg]],
+        powers: list[Reg],
+        sums: list[Reg],
+    ) -> list[Reg]:
+        """From scores to published weights; returns their sums over this warpgroup's tiles."""
+        buffer = self.buffer(tile)
         # The ceilings are those of the tile before, and the buffer's last values are done with.
         follows = tile > first_tile
         with hw.when(follows):
@@ -629,7 +659,7 @@ class WarpgroupAttention(abc.ABC):
         sums = hw.cond(follows, lambda: self.decayed(sums, tile - 1), sums)
         weights, scale, outgrown = self.softmax(buffer, x, powers)
         sums = self.decayed(sums, tile, outgrown)
-        self.publish(buffer, row, scale, weights, powers)
+        self.publish(buffer, self.score_row(tile), scale, weights, powers)
         hw.warp_sync()
         with hw.when(self.lane.eq(0)):
             hw.mbarrier_arrive(self.weights_full + (tile & 1) * 8)
@@ -684,6 +714,9 @@ class WarpgroupAttention(abc.ABC):
                     steps.append(WgmmaStep(b, a, 32 * k))
                 two = hw.wgmma_m64n64k16(acc[2 * group : 2 * group + 2], weights, steps, "f16")
                 acc = [*acc[: 2 * group], *two, *acc[2 * group + 2 :]]
+            import os
+            if int(os.environ.get("PVW", "0")) and k < 3:
+                hw.wgmma_wait(int(os.environ.get("PVW")))
         flat = hw.wgmma_wait(0, [r for a in acc for r in a])
         acc = [flat[32 * i : 32 * i + 32] for i in range(4)]
         hw.warp_sync()
@@ -720,10 +753,26 @@ class WarpgroupAttention(abc.ABC):
             t = m * 2 + parity
             tile = first_tile + t
             next_slot = self.load_slot(t + 2)
-            sums = hw.cond(tile < end, lambda: self.weigh(tile, first_tile, slot, sums), sums)
-            first = hw.select(t.eq(0), tile, tile - 1)
-            count = hw.minimum(tile + 1, end) - first
-            acc = hw.for_loop(count, acc, lambda i, acc: self.values(first + i, acc))
+            exists, zero_bits = tile < end, hw.u32(0)
+            import os
+            if os.environ.get("ORDER", "old") == "old":
+
+                def both() -> list[Reg]:
+                    x, powers = self.scores_of(tile, first_tile, slot)
+                    return self.weigh(tile, first_tile, x, powers, sums)
+
+                sums = hw.cond(exists, both, sums)
+                first = hw.select(t.eq(0), tile, tile - 1)
+                count = hw.minimum(tile + 1, end) - first
+                acc = hw.for_loop(count, acc, lambda i, acc: self.values(first + i, acc))
+            else:
+                nothing = ([[zero] * 4 for _ in range(_BLOCKS)], [zero_bits] * 2)
+                x, powers = hw.cond(exists, lambda: self.scores_of(tile, first_tile, slot), nothing)
+                acc = hw.cond(t.ne(0), lambda: self.values(tile - 1, acc), acc)
+                sums = hw.cond(
+                    exists, lambda: self.weigh(tile, first_tile, x, powers, sums), sums
+                )
+                acc = hw.cond(exists, lambda: self.values(tile, acc), acc)
             return acc, sums, next_slot
 
         state = ([[zero] * 32 for _ in range(4)], [zero, zero], self.load_slot(parity))
@@ -765,8 +814,7 @@ class WarpgroupAttention(abc.ABC):
             with hw.when(column < self.num_columns):
                 self.store_lse(column, (ceiling + hw.log2(denominator)) * hw.LN_2)
             unit = self.store_unit(column, scale * 2.0**-_VALUE_HEADROOM)
-            factor = inverse * 2.0**-_WEIGHT_HEADROOM
-            hw.store_shared(factors + self.thread * 4, [factor * unit])
+            hw.store_shared(factors + self.thread * 4, [inverse * unit])
         self.compute_sync()
 
         dim = self.warpgroup * (layout.KV_LORA_RANK // 2) + self.row_warp * 32 + self.g * 2

@@ -1,10 +1,13 @@
 """Small calls of every kernel, for a sanitizer; not a test that pytest collects.
 
     compute-sanitizer --tool memcheck python3 -m tests.memcheck_sm90
+    compute-sanitizer --tool racecheck python3 -m tests.memcheck_sm90 64   # this head tile alone
 
 Every head tile, ragged head counts, splits, both warpgroup counts, indices outside of the cache;
 dense: uneven and empty sequences, cut and whole, pages outside of the cache, drafts.
 """
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +49,10 @@ DENSE_SHAPES = (
 def main() -> None:
     rng = np.random.default_rng(0)
     cache = jnp.asarray(rng.integers(0, 60, (10, 61, 656)).astype(np.uint8))
+    head_tiles = [int(x) for x in sys.argv[1:]]
     for heads, config, topk in SHAPES:
+        if head_tiles and config[0] not in head_tiles:
+            continue
         indices = jnp.asarray(rng.integers(-3, 620, (3, topk)), jnp.int32)
         out, lse = sparse_attention_sm90(
             jnp.asarray(rng.normal(size=(3, heads, 576)), jnp.bfloat16),
@@ -61,6 +67,8 @@ def main() -> None:
         print(f"{heads} heads, {config}: done", flush=True)
     lens = jnp.array([560, 0, 3, 200, -1, 10**6], jnp.int32)
     for heads, q_len, config in DENSE_SHAPES:
+        if head_tiles and config[0] not in head_tiles:
+            continue
         out, lse = dense_decode_sm90(
             jnp.asarray(rng.normal(size=(6, q_len, heads, 576)), jnp.bfloat16),
             cache,
@@ -72,6 +80,8 @@ def main() -> None:
         )
         jax.block_until_ready((out, lse))
         print(f"dense, {heads} heads, {q_len=}, {config}: done", flush=True)
+    if head_tiles:
+        return
     slots = jnp.array([0, -1, 609, 610, 5, 2**31 - 1, -7], jnp.int32)
     for dtype in (jnp.bfloat16, jnp.float32):
         kv_c = jnp.asarray(rng.normal(size=(7, 512)), dtype)
