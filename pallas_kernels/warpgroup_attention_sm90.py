@@ -128,7 +128,7 @@ _COMPUTE_REGISTERS, _GATHER_REGISTERS = 240, 24
 class _Buffer(NamedTuple):
     """Byte offsets in what one warpgroup hands over per tile."""
 
-    weights: int = 0  # f16 P [column, token], swizzled
+    weights: int = 0  # f16 weights [column, token], swizzled
     value_scales: int = weights + COLUMNS * 128  # f16 [group, 16 tokens, c, half, 2]
     decay: int = value_scales + _GROUPS * TILE * 2  # f32 [column]
     flag: int = decay + COLUMNS * 4  # u32: whether to rescale; f32: the token scales' ratio
@@ -476,9 +476,7 @@ class WarpgroupAttention(abc.ABC):
                 steps.append(WgmmaStep(0, a, chunk * _CHUNK_BYTES + 32 * s))
             (acc,) = hw.wgmma_m64n64k16([acc], queries, steps, "f16")
             # Registers are for two chunks' operands.
-            import os
-
-            hw.wgmma_wait(int(os.environ.get("WW", "1")))
+            hw.wgmma_wait(1)
         acc = hw.wgmma_wait(0, acc)
 
         undo = [hw.as_f32(powers[r]) * 2.0**-_VALUE_HEADROOM for r in range(2)]
@@ -590,7 +588,7 @@ class WarpgroupAttention(abc.ABC):
     def publish(
         self, buffer: Reg, row: Reg, scale: Reg, weights: list[list[Reg]], powers: list[Reg]
     ) -> None:
-        """Weights times the tokens' powers; the tokens' scales relative to these; for the values."""
+        """For the values: weights times the tokens' powers, and their scales relative to these."""
         factors = []
         pairs = []
         for r in range(2):
@@ -603,10 +601,10 @@ class WarpgroupAttention(abc.ABC):
         with hw.when((self.g & 1).eq(0)):
             address = buffer + self.c * (TILE * 2) + self.row_warp * 32 + (self.g >> 1) * 8
             hw.store_shared(address, pairs, _BUFFER.value_scales)
-        # Matrix i of a store: head block 2 k + i // 2, tokens 8 (i % 2) .. of the warp's 16.
-        matrix, head = self.lane >> 3, self.lane & 7
-        column = (self.row_warp * 2 + (matrix & 1)) ^ head
-        address = buffer + _BUFFER.weights + ((matrix >> 1) * 8 + head) * 128 + column * 16
+        # Matrix i of a store: block 2 k + i // 2, tokens 8 (i % 2) .. of the warp's 16.
+        matrix, column = self.lane >> 3, self.lane & 7
+        piece = (self.row_warp * 2 + (matrix & 1)) ^ column
+        address = buffer + _BUFFER.weights + ((matrix >> 1) * 8 + column) * 128 + piece * 16
         for k in range(_BLOCKS // 2):
             values = [
                 hw.multiply_f16x2(hw.f16x2(weights[n][2 * r], weights[n][2 * r + 1]), factors[r])
@@ -628,27 +626,13 @@ class WarpgroupAttention(abc.ABC):
 
         return hw.cond(flag, decayed, sums)
 
-    def scores_of(self, tile: Reg, first_tile: Reg, slot: Reg) -> tuple[list[list[Reg]], list[Reg]]:
-        """`scores`, once the tile's rows are there."""
+    def weigh(self, tile: Reg, first_tile: Reg, slot: Reg, sums: list[Reg]) -> list[Reg]:
+        """Scores and published weights of a tile; their sums over this warpgroup's tiles."""
         stage = tile % STAGES
+        row = self.rows + stage * _TILE_BYTES + (self.row_warp * _WARP_ROWS + self.g) * _ROW
         mask = hw.ballot(slot < min(self.num_slots, 2**31))
         hw.mbarrier_wait(self.rows_full + stage * 8, tile // STAGES & 1)
-        return self.scores(self.score_row(tile), mask, tile - first_tile)
-
-    def score_row(self, tile: Reg) -> Reg:
-        """Address of the first of this lane's two rows."""
-        row = self.row_warp * _WARP_ROWS + self.g
-        return self.rows + tile % STAGES * _TILE_BYTES + row * _ROW
-
-    def weigh(
-        self,
-        tile: Reg,
-        first_tile: Reg,
-        x: list[list[Reg]],
-        powers: list[Reg],
-        sums: list[Reg],
-    ) -> list[Reg]:
-        """From scores to published weights; returns their sums over this warpgroup's tiles."""
+        x, powers = self.scores(row, mask, tile - first_tile)
         buffer = self.buffer(tile)
         # The ceilings are those of the tile before, and the buffer's last values are done with.
         follows = tile > first_tile
@@ -659,7 +643,7 @@ class WarpgroupAttention(abc.ABC):
         sums = hw.cond(follows, lambda: self.decayed(sums, tile - 1), sums)
         weights, scale, outgrown = self.softmax(buffer, x, powers)
         sums = self.decayed(sums, tile, outgrown)
-        self.publish(buffer, self.score_row(tile), scale, weights, powers)
+        self.publish(buffer, row, scale, weights, powers)
         hw.warp_sync()
         with hw.when(self.lane.eq(0)):
             hw.mbarrier_arrive(self.weights_full + (tile & 1) * 8)
@@ -714,9 +698,6 @@ class WarpgroupAttention(abc.ABC):
                     steps.append(WgmmaStep(b, a, 32 * k))
                 two = hw.wgmma_m64n64k16(acc[2 * group : 2 * group + 2], weights, steps, "f16")
                 acc = [*acc[: 2 * group], *two, *acc[2 * group + 2 :]]
-            import os
-            if int(os.environ.get("PVW", "0")) and k < 3:
-                hw.wgmma_wait(int(os.environ.get("PVW")))
         flat = hw.wgmma_wait(0, [r for a in acc for r in a])
         acc = [flat[32 * i : 32 * i + 32] for i in range(4)]
         hw.warp_sync()
@@ -753,26 +734,10 @@ class WarpgroupAttention(abc.ABC):
             t = m * 2 + parity
             tile = first_tile + t
             next_slot = self.load_slot(t + 2)
-            exists, zero_bits = tile < end, hw.u32(0)
-            import os
-            if os.environ.get("ORDER", "old") == "old":
-
-                def both() -> list[Reg]:
-                    x, powers = self.scores_of(tile, first_tile, slot)
-                    return self.weigh(tile, first_tile, x, powers, sums)
-
-                sums = hw.cond(exists, both, sums)
-                first = hw.select(t.eq(0), tile, tile - 1)
-                count = hw.minimum(tile + 1, end) - first
-                acc = hw.for_loop(count, acc, lambda i, acc: self.values(first + i, acc))
-            else:
-                nothing = ([[zero] * 4 for _ in range(_BLOCKS)], [zero_bits] * 2)
-                x, powers = hw.cond(exists, lambda: self.scores_of(tile, first_tile, slot), nothing)
-                acc = hw.cond(t.ne(0), lambda: self.values(tile - 1, acc), acc)
-                sums = hw.cond(
-                    exists, lambda: self.weigh(tile, first_tile, x, powers, sums), sums
-                )
-                acc = hw.cond(exists, lambda: self.values(tile, acc), acc)
+            sums = hw.cond(tile < end, lambda: self.weigh(tile, first_tile, slot, sums), sums)
+            first = hw.select(t.eq(0), tile, tile - 1)
+            count = hw.minimum(tile + 1, end) - first
+            acc = hw.for_loop(count, acc, lambda i, acc: self.values(first + i, acc))
             return acc, sums, next_slot
 
         state = ([[zero] * 32 for _ in range(4)], [zero, zero], self.load_slot(parity))
