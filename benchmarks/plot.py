@@ -4,12 +4,12 @@ import json
 import pathlib
 from typing import Any
 
-HEADS = (8, 16)
+HEADS = (8, 16, 64)
 
 
 def draw(results: pathlib.Path) -> pathlib.Path:
-    """Draws the times of sparse decode with 8 and 16 heads, and of dense decode with 16, next to
-    `results`; returns the PNG's path.
+    """Draws the times of sparse decode with 8, 16 and 64 heads, and of dense decode with 16, next
+    to `results`; returns the PNG's path.
     """
     import matplotlib
 
@@ -19,7 +19,7 @@ def draw(results: pathlib.Path) -> pathlib.Path:
     report = json.loads(results.read_text())
     dense = [row for row in report["rows"] if row["op"] == "dense" and row["heads"] == 16]
     panels = len(HEADS) + bool(dense)
-    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 4), sharey=True)
+    figure, axes = plt.subplots(1, panels, figsize=(4.5 * panels, 4), sharey=True)
     for axis, heads in zip(axes, HEADS, strict=False):
         rows = [
             row
@@ -29,7 +29,7 @@ def draw(results: pathlib.Path) -> pathlib.Path:
         rows.sort(key=lambda row: row["batch"])
         for key, label, style in (
             ("xla_us", "XLA, same run", "s--"),
-            ("flashmla_us", "FlashMLA, heads padded to 64 (recorded)", "o--"),
+            ("flashmla_us", "FlashMLA, padded to 64 heads (recorded)", "o--"),
             ("end_to_end_us", "mla_jax", "o-"),
         ):
             points = [(row["batch"], row[key]) for row in rows if key in row]

@@ -13,7 +13,7 @@ Roofline (H100)
 --------
 Memory binds up to 64 heads. A kernel that only gathers random 656-byte rows reaches 2.40 TB/s, 0.27
 ns a row for the whole GPU: 68 to 72 us for 128 tokens x 2,048 keys, where 8 heads take 68 and 64
-heads 93. The compute of 8 heads is 2.4 us per 128 rows and SM (rows in L2) against about 4.3 us for
+heads 99. The compute of 8 heads is 2.4 us per 128 rows and SM (rows in L2) against about 4.3 us for
 memory, that of 32 or 64 heads 5.2. At 1 to 8 tokens latency binds: with few heads a start of 1.2
 us, a round of 1.7, the merge of a CTA's warps 1.1, the second kernel 1.5 to 2.
 """

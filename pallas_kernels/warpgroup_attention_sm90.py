@@ -20,8 +20,8 @@ the tensor cores for values, the other is busy with conversions and exponentials
                                             P and token scales of a tile ──▶ SMEM ──▶ both
 
 Both MMAs have tokens or dims on M and columns on N ("swap-AB"): A comes from raw bytes through
-registers, so no dequantized tile is ever stored, and shared memory moves 2,000 cycles a tile where
-operands that are both in shared memory need 2,900 (the tensor cores need 2,176).
+registers, so no dequantized tile is ever stored. By count, shared memory is busy 2,000 cycles a
+tile, where both operands in shared memory would take 2,900; the tensor cores are for 2,176.
 
 Fragments (`hopper.wgmma_m64n64k16`; lane = 4 g + c, warp w of its warpgroup)
 ---------
@@ -63,9 +63,10 @@ addresses and state; 24 for gathering. Shared memory in bytes:
 
 Roofline (H100)
 --------
-A tile of 64 rows is 2,176 cycles of tensor work and 2.2 us of every SM's share of the random-row
-bandwidth. Measured: a start of about 8 us, then 2.5 us a tile where rows are in L2, of which 1.3 us
-are tensor work; the rest is conversions that are not hidden.
+A tile of 64 rows is 2,176 cycles of tensor work, 1.3 us, and 2.2 us of random rows for every SM.
+Measured: a start of about 8 us, then 2.5 us a tile. Cycles per two tiles of a warpgroup, where rows
+are in L2: scores 2,750 (1,152 of MMAs), softmax 1,050, publishing P 640, waiting for rows 660 and
+for the other warpgroup 300; values 2 x (1,280 + 230 of waiting), 512 of MMAs each.
 
 Form
 ----
