@@ -41,7 +41,7 @@ def on_a_warp(function, num_outputs, *inputs):
     kernel = plgpu.kernel(
         kernel_body,
         out_type=jax.ShapeDtypeStruct((num_outputs, 32), jnp.int32),
-        scratch_types=[plgpu.SMEM((4096,), jnp.uint8)],
+        scratch_types=[plgpu.SMEM((8192,), jnp.uint8)],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     return kernel, operands
@@ -112,7 +112,21 @@ def arithmetic(smem, x, y, a, b):
         hw.fma(a, b, a),
         hw.divide(a, b),
         hw.select(a > b, x, y),
+        x ^ y,
+        hw.multiply(a, b),
+        hw.multiply_f16x2(hw.f16x2(a * 0.01, b), hw.f16x2(b, b * 0.01)),
+        hw.multiply_bf16x2(hw.bf16x2(a, b), hw.bf16x2(b, b)),
     ]
+
+
+def products(a, b, c, d, *, dtype):
+    """Pairs (a c, b d) of rounded factors."""
+    factors = [np.stack(x, axis=1).astype(dtype).astype(np.float32) for x in ((a, b), (c, d))]
+    return pairs(factors[0] * factors[1], dtype)
+
+
+def small(x):
+    return x * np.float32(0.01)
 
 
 def arithmetic_plain():
@@ -136,6 +150,10 @@ def arithmetic_plain():
             bits(wide),
             bits(a / b),
             np.where(a > b, x, y),
+            x ^ y,
+            bits(a * b),
+            products(small(a), b, b, small(b), dtype=np.float16),
+            products(a, b, b, b, dtype=ml_dtypes.bfloat16),
         ]
 
 
@@ -149,6 +167,10 @@ def collectives(smem, x):
         hw.any_lane(odd),
         hw.reduce_max_u32(x),
         hw.transpose_matrix(x),
+        hw.reduce_add_u32(x & 0xFF),
+        hw.cumulative_sum_u32(x & 0xFF),
+        hw.named_barrier_any(hw.u32(8), 128, hw.thread_index().eq(77)),
+        hw.named_barrier_any(hw.u32(8), 128, hw.thread_index().eq(128)),
     ]
 
 
@@ -163,6 +185,10 @@ def collectives_plain():
         np.full(32, odd.any(), np.uint32),
         np.full(32, x.max(), np.uint32),
         np.ascontiguousarray(matrix.T).view(np.uint32).reshape(-1),
+        np.full(32, (x & 0xFF).sum(), np.uint32),
+        np.cumsum(x & 0xFF).astype(np.uint32),
+        np.ones(32, np.uint32),
+        np.zeros(32, np.uint32),
     ]
 
 
@@ -190,14 +216,17 @@ MATRICES = RNG.integers(0, 2**16, (4, 8, 8), np.uint16)
 
 
 def matrices(smem, a0, a1, a2, a3, b0, b1, *rows):
-    """The MMA, and ldmatrix on rows that lane 8 i + r stores as row r of matrix i."""
+    """The MMA; ldmatrix on rows that lane 8 i + r stores as row r of matrix i; stmatrix back."""
     lane = hw.thread_index() & 31
     zero = hw.f32(0.0)
     product = hw.mma_m16n8k16([zero] * 4, [a0, a1, a2, a3], [b0, b1], "f16")
     row = smem + lane * 16
     hw.store_shared(row, rows)
     hw.warp_sync()
-    return [*product, *hw.load_matrices_transposed(row)]
+    transposed = hw.load_matrices_transposed(row)
+    hw.store_matrices_transposed(row + 512, transposed)
+    hw.warp_sync()
+    return [*product, *transposed, *hw.load_shared(row, 512)]
 
 
 def matrices_inputs():
@@ -223,7 +252,42 @@ def matrices_plain():
         np.ascontiguousarray(np.stack([m[2 * C, G], m[2 * C + 1, G]], axis=1)).view(np.uint32)[:, 0]
         for m in MATRICES
     ]
-    return [*map(bits, c), *transposed]
+    return [*map(bits, c), *transposed, *MATRICES.reshape(32, 8).view(np.uint32).T]
+
+
+WIDE_B = RNG.normal(size=(64, 64)).astype(np.float16)  # [n, k]
+K_STEP = 2
+
+
+def warpgroup_mma(smem, *inputs):
+    """Two products into one accumulator; every warp has the same 16 rows of A."""
+    a, b = inputs[:4], inputs[4:]
+    lane = hw.thread_index() & 31
+    for i, word in enumerate(b):
+        hw.store_shared(smem + lane * 4, [word], 128 * i)
+    hw.fence_async_proxy()
+    hw.cta_sync()
+    step = hw.WgmmaStep(0, a, 32 * K_STEP)
+    (acc,) = hw.wgmma_m64n64k16([[]], hw.matrix_descriptor(smem), [step], "f16")
+    (acc,) = hw.wgmma_m64n64k16([acc], hw.matrix_descriptor(smem), [step], "f16")
+    return hw.wgmma_wait(0, acc)
+
+
+def warpgroup_mma_inputs():
+    pieces = WIDE_B.reshape(64, 8, 8)  # [row, 16-byte piece, element]
+    swizzled = np.empty_like(pieces)
+    for row in range(64):
+        for j in range(8):
+            swizzled[row, j ^ row % 8] = pieces[row, j]
+    return [*matrices_inputs()[:4], *swizzled.reshape(64, 64).view(np.uint32)]
+
+
+def warpgroup_mma_plain():
+    columns = slice(16 * K_STEP, 16 * K_STEP + 16)
+    product = 2 * A.astype(np.float64) @ WIDE_B[:, columns].T.astype(np.float64)
+    return [
+        bits(product[G + 8 * (i // 2), 8 * n + 2 * C + i % 2]) for n in range(8) for i in range(4)
+    ]
 
 
 CASES = {
@@ -232,6 +296,7 @@ CASES = {
     "collectives": (collectives, collectives_plain, [WORDS]),
     "control_flow": (control_flow, control_flow_plain, [WORDS]),
     "matrices": (matrices, matrices_plain, matrices_inputs()),
+    "warpgroup_mma": (warpgroup_mma, warpgroup_mma_plain, warpgroup_mma_inputs()),
 }
 
 
@@ -251,7 +316,9 @@ def test_computes_its_plain_form(case):
     kernel, operands = on_a_warp(function, len(expected), *inputs)
     actual = np.asarray(jax.jit(kernel)(*operands)).view(np.uint32)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        if case == "matrices" and i < 4:  # float32 sums in another order
+        if case == "warpgroup_mma" or (
+            case == "matrices" and i < 4
+        ):  # float32 sums in another order
             np.testing.assert_allclose(a.view(np.float32), e.view(np.float32), atol=1e-5)
         else:
             np.testing.assert_array_equal(a, e, err_msg=f"output {i}")
