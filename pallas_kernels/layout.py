@@ -12,6 +12,7 @@ dequantized = e4m3 value x scale. In general, with `r = kv_lora_rank` (a multipl
 `d = qk_rope_head_dim`, a row is `r + 4 r / 128 + 2 d` bytes.
 """
 
+import math
 from typing import Literal, get_args
 
 ScaleFormat = Literal["power_of_two", "exact"]
@@ -63,3 +64,9 @@ def fp8_row_bytes(kv_lora_rank: int, qk_rope_head_dim: int) -> int:
 
 FP8_ROW_BYTES = fp8_row_bytes(KV_LORA_RANK, QK_ROPE_HEAD_DIM)
 """656."""
+
+
+def check_sm_scale(sm_scale: float) -> None:
+    """Raises ValueError unless it is positive and finite: masked scores are its multiples."""
+    if not 0 < sm_scale < math.inf:
+        raise ValueError(f"{sm_scale=} must be positive and finite, as qk_head_dim ** -0.5 is")

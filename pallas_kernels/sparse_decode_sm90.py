@@ -375,7 +375,7 @@ def sparse_attention_sm90(
       topk_indices: int32 `[tokens, topk]`, physical slots in any order, any `topk`. -1, and any
         slot outside of the cache, names nothing; what lies in slots that are not named never
         reaches the result.
-      sm_scale: the factor of the scores.
+      sm_scale: the factor of the scores, positive.
       attn_sink: float32 `[heads]`: `out` is multiplied by `sigmoid(lse - attn_sink)`.
       topk_lens: int32 `[tokens]`: only the first so many entries of a list count.
       config: how to divide the work; `default_config` if None.
@@ -389,6 +389,7 @@ def sparse_attention_sm90(
       NotImplementedError: if q is not bfloat16 of 576 dims, or the cache not `fp8_ds_mla` of 512 +
         64 dims.
     """
+    layout.check_sm_scale(sm_scale)
     _validate(q, kv_cache, topk_indices, attn_sink, topk_lens)
     tokens, num_heads, _ = q.shape
     topk = topk_indices.shape[1]

@@ -109,13 +109,15 @@ class WorkSplit:
     def for_each_segment(
         self, kv_lens: Reg, segments: Reg, cta: Reg, body: Callable[[Segment], None]
     ) -> None:
-        """Calls `body` in a loop over the segments of `cta`; every thread must call this.
+        """Calls `body` in a loop over the segments of `cta`; every warp must call this.
+
+        It has no barrier, so that the roles of a CTA may each call it for themselves.
 
         Args:
           kv_lens: address of the int32 lengths.
           segments: address of int32 [batch, 2], written for `merge_segments_sm90`.
           cta: 0 .. num_ctas - 1.
-          body: builds the code of one segment; control flow around it is uniform in the CTA.
+          body: builds the code of one segment; control flow around it is the same in every warp.
         """
         lane = hw.thread_index() & 31
         block = -(-self.batch // hw.WARP)  # sequences per lane, one after the other

@@ -49,8 +49,10 @@ Numbers
   scores; token scales are taken relative to a running power of two (their largest so far), undone
   at the end. When it or the running maximum (by more than 2**4) is outgrown, the accumulators are
   rescaled; usually they are not. What this cannot hold: a token's values lose bits where another
-  token of the CTA, weighty or not, has a scale more than 2**24 times as large.
-- A masked token's row is never read from the cache: it is zeros in shared memory, its score -inf.
+  token of the CTA, weighty or not, has a scale more than 2**20 times as large; and scores of 2**26
+  and more in log2 units, whose differences float32 does not hold, can overflow P.
+- The row of a key without a slot is never read from the cache: it is zeros in shared memory, its
+  score -inf.
 - No atomics, one fixed order of everything: bitwise deterministic.
 
 Budgets
@@ -326,7 +328,7 @@ class WarpAttention(abc.ABC):
       thread, lane, warp, g, c: this thread's place; lane = 4 g + c.
       row_warp: which 16 rows of a round are this warp's: those of its number.
       first_column: the CTA's first query column, of `num_columns` in all; columns beyond are
-        computed from a repeated query and not stored.
+        computed as zeros and not stored.
     """
 
     def __init__(

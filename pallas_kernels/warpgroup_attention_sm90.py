@@ -45,8 +45,11 @@ Numbers
   float16 they meet the token's power, relative to the largest so far. When ceiling or power are
   outgrown, both warpgroups rescale their accumulators.
 - What this cannot hold: values lose bits where another token of the CTA, weighty or not, has a
-  scale more than 2**24 times as large.
-- A masked token's row is never read from the cache: it is zeros in shared memory, its score -inf.
+  scale more than 2**20 times as large, and all of a 128-dim group loses them where another group of
+  the same token has one 2**21 times as large, or where the token's largest is below 2**-49. Scores
+  of 2**24 and more in log2 units, whose differences float32 does not hold, can overflow P.
+- The row of a key without a slot is never read from the cache: it is zeros in shared memory, its
+  score -inf.
 - No atomics, one fixed order of everything: bitwise deterministic.
 
 Budgets
@@ -279,8 +282,8 @@ class WarpgroupAttention(abc.ABC):
     def store_unit(self, column: Reg, unit: Reg) -> Reg:
         """What the results are to be multiplied by, for an output in natural units `unit`.
 
-        An output over it is at most 2**16 / 2**6: a kernel may keep `unit` beside float16 results
-        and return 1 instead.
+        An output over it is at most 57,344, in float16's range: a kernel may keep `unit` beside
+        float16 results and return 1 instead.
         """
         del column
         return unit

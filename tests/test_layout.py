@@ -36,3 +36,9 @@ def imports(path):
 )
 def test_kernels_know_nothing_of_the_library_above(path):
     assert not [m for m in imports(path) if m.split(".")[0] in ("mla_jax", "flax")]
+
+
+@pytest.mark.parametrize("sm_scale", [0.0, -0.1, float("inf"), float("nan")])
+def test_refuses_a_scale_that_is_none(sm_scale):
+    with pytest.raises(ValueError, match="sm_scale="):
+        layout.check_sm_scale(sm_scale)

@@ -400,15 +400,16 @@ def test_queries_without_a_key(heads, batch, how):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, WIDE], ids=["native", "64"])
 @pytest.mark.parametrize("batch", [1, 140])
-def test_infinite_sinks(batch):
+def test_infinite_sinks(batch, config):
     rng = np.random.default_rng(3)
     cache = random_rows(rng, 640).reshape(10, 64, ROW)
     indices = rng.integers(0, 640, (batch, 256)).astype(np.int32)
     q = random_queries(rng, batch, 8)
-    plain, plain_lse = run(q, cache, indices)
+    plain, plain_lse = run(q, cache, indices, config=config)
     sink = jnp.full((8,), -jnp.inf).at[1].set(jnp.inf).at[2].set(1e30).at[3].set(-1e30)
-    out, lse = run(q, cache, indices, attn_sink=sink)
+    out, lse = run(q, cache, indices, attn_sink=sink, config=config)
     np.testing.assert_array_equal(lse, plain_lse)
     closed = [1, 2]
     opened = [0, *range(3, 8)]
