@@ -43,6 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
+from pallas_kernels.cta_attention_sm90 import CtaAttention
 from pallas_kernels.hopper import Reg
 from pallas_kernels.split_kv_sm90 import Segment, WorkSplit, merge_segments_sm90
 from pallas_kernels.warp_attention_sm90 import (
@@ -50,20 +51,19 @@ from pallas_kernels.warp_attention_sm90 import (
     HEAD_BLOCK,
     TOKEN_TILE,
     WarpAttention,
-    WarpTiling,
 )
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
+    TiledConfig,
     WarpgroupAttention,
     WarpgroupTiling,
-    cta_tiling,
 )
 
 # ---------------------------------------------------------------------------------------- config
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseDecodeConfig:
+class DenseDecodeConfig(TiledConfig):
     """How `dense_decode_sm90` divides its work.
 
     Attributes:
@@ -89,21 +89,6 @@ class DenseDecodeConfig:
         if not 0 <= self.segment_cost <= 16:
             raise ValueError(f"segment_cost={self.segment_cost} must be 0 to 16")
         _ = self.tiling  # checks the rest
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether CTAs take 64 columns, by warpgroups."""
-        return self.head_tile == COLUMNS
-
-    @property
-    def tiling(self) -> WarpTiling | WarpgroupTiling:
-        """How a CTA divides its keys."""
-        return cta_tiling(self.head_tile, self.num_warpgroups, self.num_stages)
-
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory of one CTA."""
-        return self.tiling.smem_bytes
 
 
 MAX_CTAS = 1024
@@ -155,17 +140,10 @@ class _Problem(NamedTuple):
         return self.pages_per_seq * self.page_size
 
 
-class _Sequences:
+class _Sequences(CtaAttention):
     """Which keys a CTA, (share of the keys, column group) = `program`, takes, and its results."""
 
     segment: Segment
-    # Of `WarpAttention` and `WarpgroupAttention`.
-    thread: Reg
-    lane: Reg
-    row_warp: Reg
-    g: Reg
-    c: Reg
-    first_column: Reg
 
     def __init__(
         self, config: DenseDecodeConfig, problem: _Problem, refs: dict[str, Any], program: Reg
@@ -178,19 +156,17 @@ class _Sequences:
         self.address = {
             name: hw.global_address(ref) for name, ref in refs.items() if name != "smem"
         }
-
-    def common(self, refs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of either base class."""
-        problem = self.problem
-        return {
-            "smem": hw.shared_address(refs["smem"]),
-            "kv_cache": self.address["kv_cache"],
-            "num_slots": problem.num_pages * problem.page_size,
-            "rows_per_copy": math.gcd(problem.page_size, TOKEN_TILE),
-            "num_columns": problem.num_columns,
-            "first_column": self.group * self.config.head_tile,
-            "sm_scale": problem.sm_scale,
-        }
+        arguments: dict[str, Any] = {"tiling": config.tiling}
+        super().__init__(
+            **arguments,
+            smem=hw.shared_address(refs["smem"]),
+            kv_cache=self.address["kv_cache"],
+            num_slots=problem.num_pages * problem.page_size,
+            rows_per_copy=math.gcd(problem.page_size, TOKEN_TILE),
+            num_columns=problem.num_columns,
+            first_column=self.group * config.head_tile,
+            sm_scale=problem.sm_scale,
+        )
 
     def tile_start(self, t: Reg | int) -> Reg:
         """Position of the first key of the warp's t-th tile."""
@@ -210,9 +186,10 @@ class _Sequences:
         slot = page * problem.page_size + position % problem.page_size
         return hw.select(exists, slot, hw.u32(-1))
 
-    def without_future(self, scores: list[list[Reg]], t: Reg) -> list[list[Reg]]:
+    def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
         """Draft token j does not see the last `q_len - 1 - j` keys."""
         problem = self.problem
+        scores = super().visible(scores, mask, t)
         if problem.q_len == 1:
             return scores
         start = self.tile_start(t)
@@ -291,17 +268,6 @@ class _Sequences:
 class _FewColumns(_Sequences, WarpAttention):
     """A CTA of up to 32 columns."""
 
-    def __init__(
-        self, config: DenseDecodeConfig, problem: _Problem, refs: dict[str, Any], program: Reg
-    ) -> None:
-        _Sequences.__init__(self, config, problem, refs, program)
-        tiling = config.tiling
-        assert isinstance(tiling, WarpTiling)
-        WarpAttention.__init__(self, tiling, **self.common(refs))
-
-    def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
-        return self.without_future(super().visible(scores, mask, t), t)
-
     def run(self, split: WorkSplit) -> None:
         """Segment after segment."""
         self.prefetch_first_pages(split)
@@ -321,15 +287,6 @@ class _FewColumns(_Sequences, WarpAttention):
 
 class _ManyColumns(_Sequences, WarpgroupAttention):
     """A CTA of 64 columns."""
-
-    def __init__(
-        self, config: DenseDecodeConfig, problem: _Problem, refs: dict[str, Any], program: Reg
-    ) -> None:
-        _Sequences.__init__(self, config, problem, refs, program)
-        WarpgroupAttention.__init__(self, **self.common(refs))
-
-    def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
-        return self.without_future(super().visible(scores, mask, t), t)
 
     def run(self, split: WorkSplit) -> None:
         """Segment after segment; each role finds them by itself."""

@@ -30,20 +30,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
 from pallas_kernels.combine_sm90 import merge_partials_sm90
+from pallas_kernels.cta_attention_sm90 import CtaAttention
 from pallas_kernels.hopper import Reg
 from pallas_kernels.warp_attention_sm90 import (
     CTA_HEAD_TILES,
     HEAD_BLOCK,
     TOKEN_TILE,
     WarpAttention,
-    WarpTiling,
 )
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
     TILE,
+    TiledConfig,
     WarpgroupAttention,
     WarpgroupTiling,
-    cta_tiling,
 )
 
 MAX_SPLITS = 64
@@ -54,7 +54,7 @@ MAX_SPLITS = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseAttentionConfig:
+class SparseAttentionConfig(TiledConfig):
     """How `sparse_attention_sm90` divides its work.
 
     Attributes:
@@ -80,24 +80,9 @@ class SparseAttentionConfig:
         _ = self.tiling  # checks the rest
 
     @property
-    def is_wide(self) -> bool:
-        """Whether CTAs take 64 heads, by warpgroups."""
-        return self.head_tile == COLUMNS
-
-    @property
-    def tiling(self) -> WarpTiling | WarpgroupTiling:
-        """How a CTA divides its keys."""
-        return cta_tiling(self.head_tile, self.num_warpgroups, self.num_stages)
-
-    @property
     def tokens_per_round(self) -> int:
         """Keys that one CTA takes per iteration of its main loop."""
         return self.tiling.tokens_per_round
-
-    @property
-    def smem_bytes(self) -> int:
-        """Shared memory of one CTA."""
-        return self.tiling.smem_bytes
 
     @property
     def ctas_per_sm(self) -> int:
@@ -213,12 +198,8 @@ class _Problem(NamedTuple):
     sm_scale: float
 
 
-class _Keys:
+class _Keys(CtaAttention):
     """Which keys a CTA, (token, head group, split) = `program`, takes, and where results go."""
-
-    # Of `WarpAttention` and `WarpgroupAttention`.
-    lane: Reg
-    row_warp: Reg
 
     def __init__(
         self, config: SparseAttentionConfig, problem: _Problem, refs: dict[str, Any], program: Reg
@@ -244,19 +225,17 @@ class _Keys:
         self.num_rounds = (
             self.length + (round_tokens - 1) - self.split * config.tokens_per_round
         ) // round_tokens
-
-    def common(self, refs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of either base class."""
-        problem = self.problem
-        return {
-            "smem": hw.shared_address(refs["smem"]),
-            "kv_cache": self.address["kv_cache"],
-            "num_slots": problem.num_slots,
-            "rows_per_copy": 1,
-            "num_columns": problem.num_heads,
-            "first_column": self.group * self.config.head_tile,
-            "sm_scale": problem.sm_scale,
-        }
+        arguments: dict[str, Any] = {"tiling": config.tiling}
+        super().__init__(
+            **arguments,
+            smem=hw.shared_address(refs["smem"]),
+            kv_cache=self.address["kv_cache"],
+            num_slots=problem.num_slots,
+            rows_per_copy=1,
+            num_columns=problem.num_heads,
+            first_column=self.group * config.head_tile,
+            sm_scale=problem.sm_scale,
+        )
 
     def load_slot(self, t: Reg | int) -> Reg:
         """Warps take the list's tiles in turns, all splits' warps together."""
@@ -300,26 +279,12 @@ class _Keys:
 class _FewHeads(_Keys, WarpAttention):
     """A CTA of up to 32 heads."""
 
-    def __init__(
-        self, config: SparseAttentionConfig, problem: _Problem, refs: dict[str, Any], program: Reg
-    ) -> None:
-        _Keys.__init__(self, config, problem, refs, program)
-        tiling = config.tiling
-        assert isinstance(tiling, WarpTiling)
-        WarpAttention.__init__(self, tiling, **self.common(refs))
-
     def run(self) -> None:
         self.attend(self.num_rounds, hw.u32(0), self.init_barriers)
 
 
 class _ManyHeads(_Keys, WarpgroupAttention):
     """A CTA of 64 heads."""
-
-    def __init__(
-        self, config: SparseAttentionConfig, problem: _Problem, refs: dict[str, Any], program: Reg
-    ) -> None:
-        _Keys.__init__(self, config, problem, refs, program)
-        WarpgroupAttention.__init__(self, **self.common(refs))
 
     def store_unit(self, column: Reg, unit: Reg) -> Reg:
         """Partial results are float16, and their unit lies beside them."""

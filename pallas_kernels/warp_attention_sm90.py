@@ -82,18 +82,17 @@ by one on all SMs, per 64 rows: 0.52 us to dequantize, 0.45 for the scores, 0.39
 `copy_gmem_to_smem` row by row gathers at 1.96 TB/s, since one elected thread issues the copies.
 """
 
-import abc
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
+from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention, copy_rows, query_scales
 from pallas_kernels.hopper import Reg
 
-TOKEN_TILE = 16
+TOKEN_TILE = ROW_TILE
 """Cache rows that a warp works on at a time: the M of its MMAs."""
 
 HEAD_BLOCK = 8
@@ -125,7 +124,6 @@ _NO_MAXIMUM = -3.4028234e38
 # float16 times 2**5 each, so that their product stays below 2**15 and small ones stay normal.
 _HEADROOM = 5
 _SMALLEST_SCALE_EXPONENT = 127 - 100
-_LARGEST_QUERY_EXPONENT = 14
 
 # Named barriers of the teams; the hardware has 16, Mosaic GPU uses 0 to 4.
 _TEAM_BARRIER = 8
@@ -247,66 +245,6 @@ def _maxima_bytes(tiling: WarpTiling) -> int:
 # ------------------------------------------------------------------------------------------- CTA
 
 
-def query_scales(pieces: list[list[Reg]]) -> tuple[Reg, Reg]:
-    """The power of two that brings a query to float16's range, and its inverse.
-
-    Args:
-      pieces: the query's bfloat16 pairs, over the lanes of a warp.
-    """
-    largest = hw.u32(0)
-    for piece in pieces:
-        for word in piece:
-            largest = hw.maximum_u16x2(largest, word & 0x7FFF7FFF)
-    largest = hw.reduce_max_u32(hw.maximum_u32(largest & 0xFFFF, largest >> 16))
-    exponent = hw.maximum_u32(largest >> 7, _LARGEST_QUERY_EXPONENT + 1)
-    power = hw.as_f32((2 * 127 + _LARGEST_QUERY_EXPONENT - exponent) << 23)
-    return power, hw.as_f32((exponent - _LARGEST_QUERY_EXPONENT) << 23)
-
-
-def copy_rows(
-    kv_cache: Reg,
-    slot: Reg,
-    valid: Reg,
-    mask: Reg,
-    *,
-    destination: Reg,
-    barrier: Reg,
-    rows_per_copy: int,
-) -> None:
-    """Starts copying a warp's 16 cache rows to shared memory; those of no key become zeros.
-
-    Zeros, so that what a masked token's weight of 0 multiplies is never a NaN.
-
-    Args:
-      kv_cache: address of the cache's first row.
-      slot: this lane's slot, lanes 16-31 as 0-15.
-      valid: 1 where it lies in the cache, else 0; `mask` has a bit of it per lane.
-      destination: where this lane's row goes.
-      barrier: an mbarrier that expects one arrival of the warp; the rows' bytes count, too.
-      rows_per_copy: as for `WarpAttention`.
-    """
-    lane = hw.thread_index() & 31
-    owner = lane < TOKEN_TILE
-    with hw.when(mask.ne(0xFFFFFFFF)):
-        with hw.when(owner & valid.eq(0)):
-            zeros = [hw.u32(0)] * 4
-            for offset in range(0, _ROW, 16):
-                hw.store_shared(destination, zeros, offset)
-            hw.fence_async_proxy()
-        hw.warp_sync()
-    with hw.when(lane.eq(0)):
-        num_rows = hw.population_count(mask & 0xFFFF)
-        hw.mbarrier_arrive_expect(barrier, num_rows * _ROW)
-    num_bytes: int | Reg = _ROW
-    if rows_per_copy > 1:
-        owner = owner & (lane & (rows_per_copy - 1)).eq(0)
-        copied = mask >> lane & ((1 << rows_per_copy) - 1)
-        num_bytes = hw.population_count(copied) * _ROW
-    with hw.when(owner & valid.ne(0)):
-        source = hw.element_address(kv_cache, slot, _ROW)
-        hw.copy_row_to_shared(destination, source, num_bytes, barrier)
-
-
 class _State(NamedTuple):
     """What a warp carries from tile to tile, in registers."""
 
@@ -317,54 +255,19 @@ class _State(NamedTuple):
     masks: list[Reg]  # valid tokens of the tiles in flight, one bit each
 
 
-class WarpAttention(abc.ABC):
-    """The code of one CTA; a kernel derives from it and says where keys, queries and results are.
+class WarpAttention(CtaAttention):
+    """A CTA of 8 to 32 columns.
 
     `attend` takes the CTA's columns over one list of keys. It may run several times, for one list
     after the other: `first_round` then counts the rounds of all lists before, from which the
     mbarriers' phases follow.
-
-    Attributes:
-      thread, lane, warp, g, c: this thread's place; lane = 4 g + c.
-      row_warp: which 16 rows of a round are this warp's: those of its number.
-      first_column: the CTA's first query column, of `num_columns` in all; columns beyond are
-        computed as zeros and not stored.
     """
 
-    def __init__(
-        self,
-        tiling: WarpTiling,
-        *,
-        smem: Reg,
-        kv_cache: Reg,
-        num_slots: int,
-        rows_per_copy: int,
-        num_columns: int,
-        first_column: Reg,
-        sm_scale: float,
-    ) -> None:
-        """See the class.
-
-        Args:
-          tiling: how the warps divide the work.
-          smem: shared memory of `tiling.smem_bytes`.
-          kv_cache: address of the cache's first row.
-          num_slots: rows of the cache; other slots name nothing.
-          rows_per_copy: rows, from a multiple of it in a tile on, that are neighbors in the cache:
-            1, 2, 4, 8 or 16. Their valid ones come first.
-          num_columns: query columns of the whole problem.
-          first_column: the first one of this CTA.
-          sm_scale: the factor of the scores.
-        """
-        self.tiling, self.smem, self.kv_cache = tiling, smem, kv_cache
-        self.num_slots, self.rows_per_copy, self.sm_scale = num_slots, rows_per_copy, sm_scale
-        self.num_columns, self.first_column = num_columns, first_column
+    def __init__(self, tiling: WarpTiling, **arguments: Any) -> None:
+        """`tiling`: how the warps divide the work; the others are `CtaAttention`'s."""
+        super().__init__(**arguments)
+        self.tiling, self.row_warp = tiling, self.warp
         self.at = _shared_layout(tiling)
-
-        self.thread = hw.thread_index()
-        self.lane = self.thread & 31
-        self.warp = self.row_warp = hw.warp_index()
-        self.g, self.c = self.lane >> 2, self.lane & 3
         self.team = self.warp // tiling.team_size
         self.member = self.warp % tiling.team_size
 
@@ -374,44 +277,6 @@ class WarpAttention(abc.ABC):
         barriers = self.smem + self.at.barriers
         self.barriers = barriers + self.warp * (tiling.num_stages * 8)
         self.team_barriers = barriers + self.team * (tiling.team_size * tiling.num_stages * 8)
-
-    # ---- what a kernel defines
-
-    @abc.abstractmethod
-    def load_slot(self, t: Reg | int) -> Reg:
-        """This lane's cache slot in the warp's t-th tile, lanes 16-31 as 0-15.
-
-        -1, or anything outside of the cache, for none. Called ahead of the tile's copy, and for
-        tiles beyond the last.
-        """
-
-    @abc.abstractmethod
-    def query_address(self, column: Reg) -> Reg:
-        """Where the column's 576 bfloat16 values lie."""
-
-    @abc.abstractmethod
-    def load_sink(self, column: Reg) -> Reg | None:
-        """The column's float32 attention sink, -inf or None for none (partial results, too)."""
-
-    @abc.abstractmethod
-    def store_lse(self, column: Reg, lse: Reg) -> None:
-        """Stores the natural log of the column's sum of exponentials."""
-
-    @abc.abstractmethod
-    def store_out(self, column: Reg, dim: Reg, pair: list[Reg]) -> None:
-        """Stores the column's output at `dim` and `dim + 1`."""
-
-    def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
-        """The t-th tile's scores `[block][4]`, -inf for keys that a column does not see.
-
-        `mask` has the bits of the tile's valid tokens.
-        """
-        del t
-        valid = [(mask >> (self.g + 8 * r) & 1).ne(0) for r in range(2)]
-        return [
-            [hw.select(valid[i // 2], x, hw.f32(-math.inf)) for i, x in enumerate(block)]
-            for block in scores
-        ]
 
     # ---- gather: the cache rows of one tile into one stage of shared memory
 

@@ -80,17 +80,16 @@ takes the registers that let conversions run beside MMAs). Plain orientation wit
 warpgroup: 133 us against 93 for 128 tokens.
 """
 
-import abc
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
+from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention, copy_rows, query_scales
 from pallas_kernels.hopper import Reg, WgmmaStep
-from pallas_kernels.warp_attention_sm90 import WarpTiling, copy_rows, query_scales
+from pallas_kernels.warp_attention_sm90 import WarpTiling
 
 COLUMNS = 64
 """Query columns of a CTA: the N of its MMAs."""
@@ -109,7 +108,6 @@ _ROPE_OFFSET = layout.KV_LORA_RANK + 4 * _GROUPS
 _TILE_BYTES = TILE * _ROW
 _CHUNKS = layout.LATENT_DIM // 64  # 64-dim columns of Q: 8 latent, 1 RoPE
 _CHUNK_BYTES = COLUMNS * 128
-_WARP_ROWS = 16  # tokens of a warp in the scores; rows that a warp gathers
 _BLOCKS = COLUMNS // 8
 
 # Weights are 2**(score - ceiling), at most 2**15, for float16. A new ceiling leaves 2**4 of it.
@@ -184,7 +182,7 @@ class WarpgroupTiling:
     @property
     def row_warps(self) -> int:
         """Warps that take 16 different rows each."""
-        return TILE // _WARP_ROWS
+        return TILE // ROW_TILE
 
     @property
     def tokens_per_round(self) -> int:
@@ -202,82 +200,47 @@ class WarpgroupTiling:
         return 1
 
 
-def cta_tiling(
-    head_tile: int, num_warpgroups: int, num_stages: int
-) -> WarpTiling | WarpgroupTiling:
-    """The tiling of a CTA of `head_tile` columns: 8, 16, 24, 32, or 64 by warpgroups."""
-    kind = WarpgroupTiling if head_tile == COLUMNS else WarpTiling
-    return kind(head_tile, num_warpgroups, num_stages)
+class TiledConfig:
+    """What the kernels' configs derive from their fields of these names."""
+
+    head_tile: int
+    num_warpgroups: int
+    num_stages: int
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether CTAs take 64 columns, by warpgroups."""
+        return self.head_tile == COLUMNS
+
+    @property
+    def tiling(self) -> WarpTiling | WarpgroupTiling:
+        """How a CTA divides its work."""
+        kind = WarpgroupTiling if self.is_wide else WarpTiling
+        return kind(self.head_tile, self.num_warpgroups, self.num_stages)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of one CTA."""
+        return self.tiling.smem_bytes
 
 
-class WarpgroupAttention(abc.ABC):
-    """The code of one CTA; a kernel derives from it and says where keys, queries and results are.
+class WarpgroupAttention(CtaAttention):
+    """A CTA of 64 columns.
 
     `start`, then `gather_rows` in the gathering warpgroup and `attend` in the computing ones, both
     for the same lists of keys, one after the other: `first_tile` counts the tiles of all lists
     before, from which the mbarriers' phases follow.
-
-    Attributes:
-      thread, lane, warp, g, c: this thread's place; lane = 4 g + c.
-      row_warp: which 16 rows of a tile are this warp's, in the scores or to gather.
-      first_column: the CTA's first query column, of `num_columns` in all; columns beyond are
-        computed as zeros and not stored.
     """
 
-    def __init__(
-        self,
-        *,
-        smem: Reg,
-        kv_cache: Reg,
-        num_slots: int,
-        rows_per_copy: int,
-        num_columns: int,
-        first_column: Reg,
-        sm_scale: float,
-    ) -> None:
-        """See the class, and `WarpAttention` for the arguments.
-
-        `smem` are `WarpgroupTiling.smem_bytes` at a multiple of 1024.
-        """
-        self.smem, self.kv_cache = smem, kv_cache
-        self.num_slots, self.rows_per_copy, self.sm_scale = num_slots, rows_per_copy, sm_scale
-        self.num_columns, self.first_column = num_columns, first_column
-
-        self.thread = hw.thread_index()
-        self.lane = self.thread & 31
-        self.warp = hw.warp_index()
+    def __init__(self, tiling: WarpgroupTiling, **arguments: Any) -> None:
+        """The arguments are `CtaAttention`'s; there is only one `tiling`."""
+        del tiling
+        super().__init__(**arguments)
         self.warpgroup, self.row_warp = self.warp >> 2, self.warp & 3
-        self.g, self.c = self.lane >> 2, self.lane & 3
-
         self.rows = self.smem + _SMEM.rows
         self.rows_full = self.smem + _SMEM.barriers
         self.rows_free = self.rows_full + 8 * STAGES
         self.weights_full = self.rows_free + 8 * STAGES
-
-    # ---- what a kernel defines
-
-    @abc.abstractmethod
-    def load_slot(self, t: Reg | int) -> Reg:
-        """This lane's cache slot in the warp's 16 rows of tile t, lanes 16-31 as 0-15.
-
-        -1, or anything outside of the cache, for none. Also called for tiles beyond the last.
-        """
-
-    @abc.abstractmethod
-    def query_address(self, column: Reg) -> Reg:
-        """Where the column's 576 bfloat16 values lie."""
-
-    @abc.abstractmethod
-    def load_sink(self, column: Reg) -> Reg | None:
-        """The column's float32 attention sink, -inf or None for none (partial results, too)."""
-
-    @abc.abstractmethod
-    def store_lse(self, column: Reg, lse: Reg) -> None:
-        """Stores the natural log of the column's sum of exponentials."""
-
-    @abc.abstractmethod
-    def store_out(self, column: Reg, dim: Reg, pair: list[Reg]) -> None:
-        """Stores the column's output at `dim` and `dim + 1`."""
 
     def store_unit(self, column: Reg, unit: Reg) -> Reg:
         """What the results are to be multiplied by, for an output in natural units `unit`.
@@ -289,20 +252,9 @@ class WarpgroupAttention(abc.ABC):
         return unit
 
     def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
-        """Tile t's scores `[block][4]`, -inf for keys that a column does not see.
-
-        `mask` has the bits of the warp's valid tokens. Scores are not multiplied by `sm_scale` yet.
-        """
-        del t
-
-        def masked() -> list[list[Reg]]:
-            valid = [(mask >> (self.g + 8 * r) & 1).ne(0) for r in range(2)]
-            return [
-                [hw.select(valid[i // 2], x, hw.f32(-math.inf)) for i, x in enumerate(block)]
-                for block in scores
-            ]
-
-        return hw.cond(mask.ne(0xFFFFFFFF), masked, scores)
+        """As `CtaAttention`'s, in tiles that need it; `sm_scale` is not in the scores yet."""
+        masked = super().visible
+        return hw.cond(mask.ne(0xFFFFFFFF), lambda: masked(scores, mask, t), scores)
 
     # ---- start
 
@@ -330,7 +282,7 @@ class WarpgroupAttention(abc.ABC):
 
     def gather_rows(self, num_tiles: Reg, first_tile: Reg) -> None:
         """Copies one list's tiles into the stages, as these become free."""
-        row = self.row_warp * _WARP_ROWS + (self.lane & (_WARP_ROWS - 1))
+        row = self.row_warp * ROW_TILE + (self.lane & (ROW_TILE - 1))
 
         def one_tile(t: Reg, slot: Reg) -> Reg:
             next_slot = self.load_slot(t + 1)
@@ -633,7 +585,7 @@ class WarpgroupAttention(abc.ABC):
     def weigh(self, tile: Reg, first_tile: Reg, slot: Reg, sums: list[Reg]) -> list[Reg]:
         """Scores and published weights of a tile; their sums over this warpgroup's tiles."""
         stage = tile % STAGES
-        row = self.rows + stage * _TILE_BYTES + (self.row_warp * _WARP_ROWS + self.g) * _ROW
+        row = self.rows + stage * _TILE_BYTES + (self.row_warp * ROW_TILE + self.g) * _ROW
         mask = hw.ballot(slot < min(self.num_slots, 2**31))
         hw.mbarrier_wait(self.rows_full + stage * 8, tile // STAGES & 1)
         x, powers = self.scores(row, mask, tile - first_tile)

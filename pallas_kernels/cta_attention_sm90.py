@@ -1,0 +1,162 @@
+"""What the CTAs of the attention kernels have in common: who defines what, rows and queries.
+
+A CTA takes some *columns*, query vectors that attend to the same keys, over lists of cache rows.
+How it does that is `WarpAttention`'s (few columns) or `WarpgroupAttention`'s (64) matter; which
+rows, where queries lie and where results go is the kernel's that derives from one of them.
+"""
+
+import abc
+import math
+
+from pallas_kernels import hopper as hw
+from pallas_kernels import layout
+from pallas_kernels.hopper import Reg
+
+ROW_TILE = 16
+"""Cache rows that a warp gathers, or takes scores of, at a time."""
+
+_ROW = layout.FP8_ROW_BYTES
+_LARGEST_QUERY_EXPONENT = 14
+
+
+class CtaAttention(abc.ABC):
+    """The code of one CTA, as far as it does not depend on how the CTA divides its work.
+
+    Attributes:
+      thread, lane, warp, g, c: this thread's place; lane = 4 g + c.
+      row_warp: which 16 rows of a round are this warp's.
+      first_column: the CTA's first query column, of `num_columns` in all; columns beyond are
+        computed as zeros and not stored.
+    """
+
+    row_warp: Reg
+
+    def __init__(
+        self,
+        *,
+        smem: Reg,
+        kv_cache: Reg,
+        num_slots: int,
+        rows_per_copy: int,
+        num_columns: int,
+        first_column: Reg,
+        sm_scale: float,
+    ) -> None:
+        """See the class.
+
+        Args:
+          smem: shared memory of the tiling's `smem_bytes`, at a multiple of 1024.
+          kv_cache: address of the cache's first row.
+          num_slots: rows of the cache; other slots name nothing.
+          rows_per_copy: rows, from a multiple of it in a tile on, that are neighbors in the cache:
+            1, 2, 4, 8 or 16. Their valid ones come first.
+          num_columns: query columns of the whole problem.
+          first_column: the first one of this CTA.
+          sm_scale: the factor of the scores.
+        """
+        self.smem, self.kv_cache = smem, kv_cache
+        self.num_slots, self.rows_per_copy, self.sm_scale = num_slots, rows_per_copy, sm_scale
+        self.num_columns, self.first_column = num_columns, first_column
+
+        self.thread = hw.thread_index()
+        self.lane = self.thread & 31
+        self.warp = hw.warp_index()
+        self.g, self.c = self.lane >> 2, self.lane & 3
+
+    # ---- what a kernel defines
+
+    @abc.abstractmethod
+    def load_slot(self, t: Reg | int) -> Reg:
+        """This lane's cache slot in the warp's 16 rows of round t, lanes 16-31 as 0-15.
+
+        -1, or anything outside of the cache, for none. Called ahead of the rows' copy, and for
+        rounds beyond the last.
+        """
+
+    @abc.abstractmethod
+    def query_address(self, column: Reg) -> Reg:
+        """Where the column's 576 bfloat16 values lie."""
+
+    @abc.abstractmethod
+    def load_sink(self, column: Reg) -> Reg | None:
+        """The column's float32 attention sink, -inf or None for none (partial results, too)."""
+
+    @abc.abstractmethod
+    def store_lse(self, column: Reg, lse: Reg) -> None:
+        """Stores the natural log of the column's sum of exponentials."""
+
+    @abc.abstractmethod
+    def store_out(self, column: Reg, dim: Reg, pair: list[Reg]) -> None:
+        """Stores the column's output at `dim` and `dim + 1`."""
+
+    def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
+        """Scores `[block][4]` of the warp's rows of round t, -inf for keys that are not seen.
+
+        `mask` has the bits of the rows whose slots are valid.
+        """
+        del t
+        valid = [(mask >> (self.g + 8 * r) & 1).ne(0) for r in range(2)]
+        return [
+            [hw.select(valid[i // 2], x, hw.f32(-math.inf)) for i, x in enumerate(block)]
+            for block in scores
+        ]
+
+
+def query_scales(pieces: list[list[Reg]]) -> tuple[Reg, Reg]:
+    """The power of two that brings a query to float16's range, and its inverse.
+
+    Args:
+      pieces: the query's bfloat16 pairs, over the lanes of a warp.
+    """
+    largest = hw.u32(0)
+    for piece in pieces:
+        for word in piece:
+            largest = hw.maximum_u16x2(largest, word & 0x7FFF7FFF)
+    largest = hw.reduce_max_u32(hw.maximum_u32(largest & 0xFFFF, largest >> 16))
+    exponent = hw.maximum_u32(largest >> 7, _LARGEST_QUERY_EXPONENT + 1)
+    power = hw.as_f32((2 * 127 + _LARGEST_QUERY_EXPONENT - exponent) << 23)
+    return power, hw.as_f32((exponent - _LARGEST_QUERY_EXPONENT) << 23)
+
+
+def copy_rows(
+    kv_cache: Reg,
+    slot: Reg,
+    valid: Reg,
+    mask: Reg,
+    *,
+    destination: Reg,
+    barrier: Reg,
+    rows_per_copy: int,
+) -> None:
+    """Starts copying a warp's 16 cache rows to shared memory; those of no key become zeros.
+
+    Zeros, so that what a masked token's weight of 0 multiplies is never a NaN.
+
+    Args:
+      kv_cache: address of the cache's first row.
+      slot: this lane's slot, lanes 16-31 as 0-15.
+      valid: 1 where it lies in the cache, else 0; `mask` has a bit of it per lane.
+      destination: where this lane's row goes.
+      barrier: an mbarrier that expects one arrival of the warp; the rows' bytes count, too.
+      rows_per_copy: as for `CtaAttention`.
+    """
+    lane = hw.thread_index() & 31
+    owner = lane < ROW_TILE
+    with hw.when(mask.ne(0xFFFFFFFF)):
+        with hw.when(owner & valid.eq(0)):
+            zeros = [hw.u32(0)] * 4
+            for offset in range(0, _ROW, 16):
+                hw.store_shared(destination, zeros, offset)
+            hw.fence_async_proxy()
+        hw.warp_sync()
+    with hw.when(lane.eq(0)):
+        num_rows = hw.population_count(mask & 0xFFFF)
+        hw.mbarrier_arrive_expect(barrier, num_rows * _ROW)
+    num_bytes: int | Reg = _ROW
+    if rows_per_copy > 1:
+        owner = owner & (lane & (rows_per_copy - 1)).eq(0)
+        copied = mask >> lane & ((1 << rows_per_copy) - 1)
+        num_bytes = hw.population_count(copied) * _ROW
+    with hw.when(owner & valid.ne(0)):
+        source = hw.element_address(kv_cache, slot, _ROW)
+        hw.copy_row_to_shared(destination, source, num_bytes, barrier)
