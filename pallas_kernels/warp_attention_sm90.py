@@ -57,7 +57,7 @@ Numbers
 
 Budgets
 -------
-255 registers a thread (sparse: 8, 16 and 24 columns without spills; 32 spill 148 bytes): 96 to
+255 registers a thread (sparse: 8, 16 and 24 columns without spills; 32 spill 112 bytes): 96 to
 128 accumulators, 4 per column block for maxima and sums, 8 to 32 for scores in flight, the rest
 addresses and operands. Shared memory in bytes, with 8 warps and two tiles in flight per warp:
 

@@ -54,9 +54,9 @@ Numbers
 
 Budgets
 -------
-240 registers a thread of the computing warpgroups (`setmaxnreg`), no spills: 128 for O^T, 32 for
-S^T, 32 for the operands of two chunks of scores in flight or 64 for a tile's values, the rest
-addresses and state; 24 for gathering. Shared memory in bytes:
+240 registers a thread of the computing warpgroups (`setmaxnreg`): 128 for O^T, 32 for S^T, 32 for
+the operands of two chunks of scores in flight or 64 for a tile's values, the rest addresses and
+state; 24 for gathering. No spills in the sparse kernel. Shared memory in bytes:
 
     queries 9 x 64 x 128               73,728
     P, token scales 2 x 9,216          18,432
