@@ -222,6 +222,14 @@ def _asm(
     return Reg(result) if isinstance(out, ir.Type) else [Reg(r) for r in result]
 
 
+def recomputed(x: Reg) -> Reg:
+    """`x`, of which the compiler knows nothing: what depends on it is computed after this.
+
+    Otherwise addresses that several places need are computed once, early, and kept in registers.
+    """
+    return _asm("mov.b32 $0, $1;", x, out=x.type, effects=True)
+
+
 # ----------------------------------------------------------------------------------- thread ids
 
 

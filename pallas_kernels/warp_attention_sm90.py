@@ -49,8 +49,7 @@ Numbers
   scores; token scales are taken relative to a running power of two (their largest so far), undone
   at the end. When it or the running maximum (by more than 2**4) is outgrown, the accumulators are
   rescaled; usually they are not. What this cannot hold: a token's values lose bits where another
-  token of the CTA, weighty or not, has a scale more than 2**20 times as large; and scores of 2**26
-  and more in log2 units, whose differences float32 does not hold, can overflow P.
+  token of the CTA, weighty or not, has a scale more than 2**20 times as large.
 - The row of a key without a slot is never read from the cache: it is zeros in shared memory, its
   score -inf.
 - No atomics, one fixed order of everything: bitwise deterministic.
@@ -443,7 +442,7 @@ class WarpAttention(CtaAttention):
         outgrown = scale > state.scale
         for n in blocks:
             for h in range(2):
-                outgrown = outgrown | (tile_max[n][h] > state.maxima[n][h] + _MAX_LAG)
+                outgrown = outgrown | (tile_max[n][h] - state.maxima[n][h] > _MAX_LAG)
 
         def rescaled() -> _State:
             maxima = [

@@ -15,9 +15,12 @@ Three warpgroups. One gathers raw rows; two compute, in turns: the scores of eve
 rows are one's, and the values of every tile belong to both, 256 of the 512 dims each. While one has
 the tensor cores for values, the other is busy with conversions and exponentials.
 
-    gather ──▶ raw rows, 3 tiles ─┬─▶ warpgroup 0:  scores 0         values 0   scores 2  values 1 2
-    cp.async.bulk        SMEM     └─▶ warpgroup 1:  scores 1  values 0 1   scores 3  values 2 3
-                                            P and token scales of a tile ──▶ SMEM ──▶ both
+    gather ──▶ raw rows, 3 tiles ─┬─▶ warpgroup 0: scores 0  weights 0  values 0  scores 2  values 1
+    cp.async.bulk        SMEM     └─▶ warpgroup 1: scores 1  values 0  weights 1  values 1  scores 3
+                                            weights and token scales of a tile ──▶ SMEM ──▶ both
+
+Between the scores and the weights of its tile, a warpgroup takes the values of the tile before:
+that tile's rows are done with early, and what its weights need from the other has arrived.
 
 Both MMAs have tokens or dims on M and columns on N ("swap-AB"): A comes from raw bytes through
 registers, so no dequantized tile is ever stored. By count, shared memory is busy 2,000 cycles a
@@ -46,8 +49,7 @@ Numbers
   outgrown, both warpgroups rescale their accumulators.
 - What this cannot hold: values lose bits where another token of the CTA, weighty or not, has a
   scale more than 2**20 times as large, and all of a 128-dim group loses them where another group of
-  the same token has one 2**21 times as large, or where the token's largest is below 2**-49. Scores
-  of 2**24 and more in log2 units, whose differences float32 does not hold, can overflow P.
+  the same token has one 2**21 times as large, or where the token's largest is below 2**-49.
 - The row of a key without a slot is never read from the cache: it is zeros in shared memory, its
   score -inf.
 - No atomics, one fixed order of everything: bitwise deterministic.
@@ -61,8 +63,8 @@ state; 24 for gathering. No spills in the sparse kernel. Shared memory in bytes:
     queries 9 x 64 x 128               73,728
     P, token scales 2 x 9,216          18,432
     raw rows 3 x 64 x 656             125,952
-    column state, maxima, barriers      2,672
-    sum                               220,784
+    column state, maxima, barriers      2,720
+    sum                               220,832
 
 Roofline (H100)
 --------
@@ -150,7 +152,8 @@ class _SharedLayout(NamedTuple):
     column_state: int = rows + STAGES * _TILE_BYTES  # f32 [column pair](factor x2, ceiling x2)
     partial: int = column_state + COLUMNS * 8  # f32 [warp, column]: maxima, sums
     scale: int = partial + _COMPUTE_WARPS * COLUMNS * 4  # u32 bits; the warps' of a tile
-    barriers: int = scale + 16 + 2 * 16  # mbarrier: rows full, rows free [stage], weights [2]
+    masks: int = scale + 16 + 2 * 16  # u32 [stage, row warp]: which rows are keys
+    barriers: int = masks + STAGES * 16  # mbarrier: rows full, rows free [stage], weights [2]
     end: int = barriers + 8 * (2 * STAGES + 2)
 
 
@@ -263,9 +266,9 @@ class WarpgroupAttention(CtaAttention):
         with hw.when(self.thread.eq(0)):
             for stage in range(STAGES):
                 hw.mbarrier_init(self.rows_full + 8 * stage, 4)
-                hw.mbarrier_init(self.rows_free + 8 * stage, _COMPUTE_WARPS)
-            for buffer in range(2):
-                hw.mbarrier_init(self.weights_full + 8 * buffer, 4)
+                hw.mbarrier_init(self.rows_free + 8 * stage, _COMPUTE_WARPS * hw.WARP)
+            for owner in range(2):
+                hw.mbarrier_init(self.weights_full + 8 * owner, 4 * hw.WARP)
             hw.fence_async_proxy()
         hw.cta_sync()
 
@@ -291,11 +294,14 @@ class WarpgroupAttention(CtaAttention):
             with hw.when(use > 0):
                 hw.mbarrier_wait(self.rows_free + stage * 8, (use - 1) & 1)
             inside = slot < min(self.num_slots, 2**31)
+            mask = hw.ballot(inside)
+            with hw.when(self.lane.eq(0)):
+                hw.store_shared(self.mask_address(stage), [mask])
             copy_rows(
                 self.kv_cache,
                 slot,
                 hw.select(inside, hw.u32(1), hw.u32(0)),
-                hw.ballot(inside),
+                mask,
                 destination=self.rows + stage * _TILE_BYTES + row * _ROW,
                 barrier=self.rows_full + stage * 8,
                 rows_per_copy=self.rows_per_copy,
@@ -303,6 +309,10 @@ class WarpgroupAttention(CtaAttention):
             return next_slot
 
         hw.for_loop(num_tiles, self.load_slot(0), one_tile)
+
+    def mask_address(self, stage: Reg) -> Reg:
+        """Where the mask of this warp's rows in a stage lies, one bit a lane; with the rows."""
+        return self.smem + _SMEM.masks + stage * 16 + self.row_warp * 4
 
     # ---- queries
 
@@ -364,7 +374,9 @@ class WarpgroupAttention(CtaAttention):
             hw.store_shared(row + chunk * _CHUNK_BYTES + place * 16, words)
         with hw.when(self.lane.eq(0)):
             state = self.column_state(column)
-            hw.store_shared(state, [undo * (self.sm_scale * hw.LOG2_E)])
+            # Not 0 where it underflows: a masked score stays -inf.
+            factor = hw.maximum(undo * (self.sm_scale * hw.LOG2_E), hw.f32(2.0**-126))
+            hw.store_shared(state, [factor])
             hw.store_shared(state, [hw.f32(_NO_MAXIMUM)], 8)
 
     def transpose_words(self, words: list[Reg], distance: int) -> list[Reg]:
@@ -381,8 +393,9 @@ class WarpgroupAttention(CtaAttention):
 
     # ---- scores
 
-    def buffer(self, t: Reg) -> Reg:
-        return self.smem + _SMEM.buffers + (t & 1) * _BUFFER_BYTES
+    def buffer(self, owner: Reg) -> Reg:
+        """Where warpgroup `owner` leaves the weights of its tiles: every other one."""
+        return self.smem + _SMEM.buffers + owner * _BUFFER_BYTES
 
     def warpgroup_sync(self) -> None:
         hw.named_barrier(self.warpgroup + _WARPGROUP_BARRIER, 128)
@@ -403,6 +416,11 @@ class WarpgroupAttention(CtaAttention):
             inverses.append(hw.as_f32(((2 * 127 + _VALUE_HEADROOM) << 23) - powers[r]))
             scales.append([hw.as_f32(b) * inverses[r] for b in bits])
 
+        def load_rows(chunk: int) -> list[list[Reg]]:
+            offset = 128 * (chunk // 2) + 16 * (chunk % 2)
+            return [hw.load_shared(keys, r * 8 * _ROW + offset) for r in range(2)]
+
+        raw = load_rows(0)
         steps = []
         rope_scales = [hw.bf16x2(x, x) for x in inverses]
         for half in range(2):
@@ -418,21 +436,22 @@ class WarpgroupAttention(CtaAttention):
                 steps.append(WgmmaStep(0, a, 8 * _CHUNK_BYTES + 32 * (2 * half + s)))
         (acc,) = hw.wgmma_m64n64k16([[]], queries, steps, "bf16")
 
-        for chunk in range(_CHUNKS - 1):
-            group, half = divmod(chunk, 2)
-            relative = [hw.f16x2(scales[r][group], scales[r][group]) for r in range(2)]
-            offset = 128 * group + 16 * half
-            rows = [hw.load_shared(keys, r * 8 * _ROW + offset) for r in range(2)]
+        last = _CHUNKS - 2
+        for chunk in range(last + 1):
+            relative = [hw.f16x2(scales[r][chunk // 2], scales[r][chunk // 2]) for r in range(2)]
             steps = []
             for s in range(4):
-                pairs = [hw.e4m3x4_to_f16x2(rows[r][s]) for r in range(2)]
+                pairs = [hw.e4m3x4_to_f16x2(raw[r][s]) for r in range(2)]
                 a = [
                     hw.multiply_f16x2(pairs[r][k], relative[r]) for k in range(2) for r in range(2)
                 ]
                 steps.append(WgmmaStep(0, a, chunk * _CHUNK_BYTES + 32 * s))
+            if chunk < last:
+                raw = load_rows(chunk + 1)
             (acc,) = hw.wgmma_m64n64k16([acc], queries, steps, "f16")
             # Registers are for two chunks' operands.
-            hw.wgmma_wait(1)
+            if chunk < last:
+                hw.wgmma_wait(1)
         acc = hw.wgmma_wait(0, acc)
 
         undo = [hw.as_f32(powers[r]) * 2.0**-_VALUE_HEADROOM for r in range(2)]
@@ -471,17 +490,24 @@ class WarpgroupAttention(CtaAttention):
 
     def softmax(
         self, buffer: Reg, x: list[list[Reg]], powers: list[Reg]
-    ) -> tuple[list[list[Reg]], Reg, Reg]:
-        """Weights [block][4], the scale's bits, and whether it raised the ceilings or these."""
+    ) -> tuple[list[list[Reg]], Reg]:
+        """Stores the weights; returns them [block][4], and whether they raised ceilings or scale.
+
+        They are stored before all warps know that the ceilings hold, and again where they do not.
+        """
         scale_address = self.smem + _SMEM.scale
         (scale,) = hw.load_shared(scale_address, words=1)
         # Rounded products: the ceiling is one of them, and enormous ones leave no residue over it.
-        scores, weights, largest = [], [], hw.f32(0.0)
+        scores, weights, maxima = [], [], [hw.f32(0.0)] * 2
         for n in range(_BLOCKS):
             factors, ceilings = self.load_column_state(n)
             scores.append([hw.multiply(x[n][i], factors[i % 2]) for i in range(4)])
             weights.append([hw.exp2(scores[n][i] - ceilings[i % 2]) for i in range(4)])
-            largest = functools.reduce(hw.maximum, weights[n], largest)
+            maxima = [
+                functools.reduce(hw.maximum, weights[n][i::2], m) for i, m in enumerate(maxima)
+            ]
+        largest = functools.reduce(hw.maximum, maxima)
+        self.store_weights(buffer, scale, weights, powers)
         outgrown = (
             (largest > 2.0**_LARGEST_WEIGHT_EXPONENT) | (powers[0] > scale) | (powers[1] > scale)
         )
@@ -491,17 +517,17 @@ class WarpgroupAttention(CtaAttention):
             flag = hw.select(outgrown, hw.u32(1), hw.u32(0))
             hw.store_shared(buffer + _BUFFER.flag, [flag])
 
-        def raised() -> tuple[list[list[Reg]], Reg]:
+        def raised() -> list[list[Reg]]:
             self.raise_ceilings(buffer, scores, powers, scale)
             (new_scale,) = hw.load_shared(scale_address, words=1)
             result = []
             for n in range(_BLOCKS):
                 _, ceilings = self.load_column_state(n)
                 result.append([hw.exp2(scores[n][i] - ceilings[i % 2]) for i in range(4)])
-            return result, new_scale
+            self.store_weights(buffer, new_scale, result, powers)
+            return result
 
-        weights, scale = hw.cond(outgrown, raised, (weights, scale))
-        return weights, scale, outgrown
+        return hw.cond(outgrown, raised, weights), outgrown
 
     def raise_ceilings(
         self, buffer: Reg, scores: list[list[Reg]], powers: list[Reg], scale: Reg
@@ -528,8 +554,12 @@ class WarpgroupAttention(CtaAttention):
                     for w in range(4)
                 ],
             )
-            top = largest - _LARGEST_WEIGHT_EXPONENT
-            new = hw.select(top > old, top + _MAX_LAG, old)
+            # In this form and no other: where scores are so large that float32 does not hold the
+            # difference, weights must stay in range all the same.
+            over = largest - old > _LARGEST_WEIGHT_EXPONENT
+            lowest = largest - (_LARGEST_WEIGHT_EXPONENT - _MAX_LAG)
+            new = hw.select(over, lowest, old)
+            new = hw.select(largest - new > _LARGEST_WEIGHT_EXPONENT, largest, new)
             hw.store_shared(state, [new], 8)
             hw.store_shared(buffer + in_warpgroup * 4, [hw.exp2(old - new)], _BUFFER.decay)
         theirs = hw.load_shared(scale_address + self.warpgroup * 16, 16)
@@ -541,15 +571,12 @@ class WarpgroupAttention(CtaAttention):
             hw.store_shared(scale_address, [new_scale])
         self.warpgroup_sync()
 
-    def publish(
-        self, buffer: Reg, row: Reg, scale: Reg, weights: list[list[Reg]], powers: list[Reg]
-    ) -> None:
-        """For the values: weights times the tokens' powers, and their scales relative to these."""
-        factors = []
+    def publish_value_scales(self, tile: Reg, buffer: Reg, powers: list[Reg]) -> None:
+        """For the values: the tokens' scales relative to their powers."""
+        row = self.row_warp * ROW_TILE + self.g
+        row = self.rows + tile % STAGES * _TILE_BYTES + row * _ROW
         pairs = []
         for r in range(2):
-            factor = hw.as_f32((127 << 23) - hw.minimum(scale - powers[r], 127 << 23))
-            factors.append(hw.f16x2(factor, factor))
             # Lane c takes care of the 128-dim group c.
             (own,) = hw.load_shared_f32(row + self.c * 4, r * 8 * _ROW + _SCALES_OFFSET, words=1)
             relative = own * hw.as_f32(((2 * 127 + _VALUE_HEADROOM) << 23) - powers[r])
@@ -557,6 +584,15 @@ class WarpgroupAttention(CtaAttention):
         with hw.when((self.g & 1).eq(0)):
             address = buffer + self.c * (TILE * 2) + self.row_warp * 32 + (self.g >> 1) * 8
             hw.store_shared(address, pairs, _BUFFER.value_scales)
+
+    def store_weights(
+        self, buffer: Reg, scale: Reg, weights: list[list[Reg]], powers: list[Reg]
+    ) -> None:
+        """For the values: weights times the tokens' powers, relative to the scale."""
+        factors = []
+        for r in range(2):
+            factor = hw.as_f32((127 << 23) - hw.minimum(scale - powers[r], 127 << 23))
+            factors.append(hw.f16x2(factor, factor))
         # Matrix i of a store: block 2 k + i // 2, tokens 8 (i % 2) .. of the warp's 16.
         matrix, column = self.lane >> 3, self.lane & 7
         piece = (self.row_warp * 2 + (matrix & 1)) ^ column
@@ -568,41 +604,44 @@ class WarpgroupAttention(CtaAttention):
                 for r in range(2)
             ]
             hw.store_matrices_transposed(address + k * 16 * 128, values)
-        hw.fence_async_proxy()
 
-    def decayed(self, sums: list[Reg], t: Reg, flag: Reg | None = None) -> list[Reg]:
-        """The sums under the ceilings of tile t; `flag`: whether it raised them."""
-        buffer = self.buffer(t)
-        if flag is None:
-            flag = hw.load_shared(buffer, _BUFFER.flag, words=1)[0].ne(0)
+    def decayed(self, sums: list[Reg], owner: Reg, raised: Reg) -> list[Reg]:
+        """The sums under the ceilings that the owner's last tile has raised, if it has."""
 
         def decayed() -> list[Reg]:
-            decay = hw.load_shared_f32(buffer + self.lane * 8, _BUFFER.decay, words=2)
+            address = self.buffer(owner) + self.lane * 8
+            decay = hw.load_shared_f32(address, _BUFFER.decay, words=2)
             return [a * b for a, b in zip(sums, decay, strict=True)]
 
-        return hw.cond(flag, decayed, sums)
+        return hw.cond(raised, decayed, sums)
 
-    def weigh(self, tile: Reg, first_tile: Reg, slot: Reg, sums: list[Reg]) -> list[Reg]:
-        """Scores and published weights of a tile; their sums over this warpgroup's tiles."""
+    def wait_for_rows(self, tile: Reg) -> None:
+        hw.mbarrier_wait(self.rows_full + tile % STAGES * 8, tile // STAGES & 1)
+
+    def scores_of(self, tile: Reg, first_tile: Reg) -> tuple[list[list[Reg]], list[Reg]]:
+        """`scores`, once the tile's rows are there."""
+        tile = hw.recomputed(tile)
+        self.wait_for_rows(tile)
         stage = tile % STAGES
-        row = self.rows + stage * _TILE_BYTES + (self.row_warp * ROW_TILE + self.g) * _ROW
-        mask = hw.ballot(slot < min(self.num_slots, 2**31))
-        hw.mbarrier_wait(self.rows_full + stage * 8, tile // STAGES & 1)
-        x, powers = self.scores(row, mask, tile - first_tile)
-        buffer = self.buffer(tile)
-        # The ceilings are those of the tile before, and the buffer's last values are done with.
-        follows = tile > first_tile
-        with hw.when(follows):
-            hw.mbarrier_wait(self.weights_full + ((tile - 1) & 1) * 8, (tile - 1) // 2 & 1)
+        (mask,) = hw.load_shared(self.mask_address(stage), words=1)
+        row = self.row_warp * ROW_TILE + self.g
+        row = self.rows + stage * _TILE_BYTES + row * _ROW
+        return self.scores(row, mask, tile - first_tile)
+
+    def weigh(self, tile: Reg, x: list[list[Reg]], powers: list[Reg], sums: list[Reg]) -> list[Reg]:
+        """From scores to published weights; returns their sums over this warpgroup's tiles.
+
+        This warpgroup has taken the values of the tile before, so the ceilings are that tile's.
+        """
+        tile, buffer = hw.recomputed(tile), self.buffer(self.warpgroup)
         with hw.when(tile > 1):
+            # All warps are done with what the buffer held.
             hw.mbarrier_wait(self.rows_free + (tile - 2) % STAGES * 8, (tile - 2) // STAGES & 1)
-        sums = hw.cond(follows, lambda: self.decayed(sums, tile - 1), sums)
-        weights, scale, outgrown = self.softmax(buffer, x, powers)
-        sums = self.decayed(sums, tile, outgrown)
-        self.publish(buffer, row, scale, weights, powers)
-        hw.warp_sync()
-        with hw.when(self.lane.eq(0)):
-            hw.mbarrier_arrive(self.weights_full + (tile & 1) * 8)
+        self.publish_value_scales(tile, buffer, powers)
+        weights, outgrown = self.softmax(buffer, x, powers)
+        sums = self.decayed(sums, self.warpgroup, outgrown)
+        hw.fence_async_proxy()
+        hw.mbarrier_arrive(self.weights_full + self.warpgroup * 8)
         new = self.reduce_over_rows(
             [[b[h] + b[2 + h] for h in range(2)] for b in weights], lambda a, b: a + b
         )
@@ -610,12 +649,16 @@ class WarpgroupAttention(CtaAttention):
 
     # ---- values
 
-    def values(self, tile: Reg, acc: list[list[Reg]]) -> list[list[Reg]]:
-        """Adds a tile's values to O^T [4 blocks of 64 dims][32]."""
-        stage, buffer = tile % STAGES, self.buffer(tile)
-        hw.mbarrier_wait(self.rows_full + stage * 8, tile // STAGES & 1)
-        hw.mbarrier_wait(self.weights_full + (tile & 1) * 8, tile // 2 & 1)
+    def values(self, tile: Reg, owner: Reg, acc: list[list[Reg]]) -> tuple[list[list[Reg]], Reg]:
+        """Adds a tile's values to O^T [4 blocks of 64 dims][32], once its weights are there.
+
+        `owner` is the warpgroup whose weights they are. Also returns whether it raised the
+        ceilings.
+        """
+        stage, buffer = tile % STAGES, self.buffer(owner)
+        hw.mbarrier_wait(self.weights_full + owner * 8, tile // 2 & 1)
         flag, ratio = hw.load_shared(buffer, _BUFFER.flag, words=2)
+        raised = flag.ne(0)
 
         def rescaled() -> list[list[Reg]]:
             result = [list(a) for a in acc]
@@ -627,7 +670,7 @@ class WarpgroupAttention(CtaAttention):
                         a[4 * n + i] = a[4 * n + i] * factors[i % 2]
             return result
 
-        acc = hw.cond(flag.ne(0), rescaled, acc)
+        acc = hw.cond(raised, rescaled, acc)
         weights = hw.matrix_descriptor(buffer + _BUFFER.weights)
         rows = (
             self.rows
@@ -639,11 +682,22 @@ class WarpgroupAttention(CtaAttention):
         )
         value_scales = buffer + _BUFFER.value_scales + self.warpgroup * (2 * TILE * 2) + self.c * 8
 
+        def load(k: int) -> tuple[list[list[Reg]], list[list[Reg]]]:
+            """Bytes of 16 tokens, this warp's 32 dims of two 128-dim groups, and their scales."""
+            at = k * (16 * _ROW)
+            bytes_ = [hw.load_matrices_transposed(rows, at + 128 * group) for group in range(2)]
+            scales = [
+                hw.load_shared(value_scales, k * 32 + group * (TILE * 2), words=2)
+                for group in range(2)
+            ]
+            return bytes_, scales
+
+        acc, last = list(acc), TILE // 16 - 1
+        loaded = load(0)
         for k in range(TILE // 16):
-            for group in range(2):
-                low, high = hw.load_shared(value_scales, k * 32 + group * (TILE * 2), words=2)
-                bytes_ = hw.load_matrices_transposed(rows, k * (16 * _ROW) + 128 * group)
-                steps = []
+            steps: list[list[WgmmaStep]] = []
+            for bytes_, (low, high) in zip(*loaded, strict=True):
+                steps.append([])
                 for b in range(2):
                     a0, a1 = hw.e4m3x4_to_f16x2(hw.permute_bytes(bytes_[2 * b], 0x3120))
                     a2, a3 = hw.e4m3x4_to_f16x2(hw.permute_bytes(bytes_[2 * b + 1], 0x3120))
@@ -651,15 +705,19 @@ class WarpgroupAttention(CtaAttention):
                         hw.multiply_f16x2(x, y)
                         for x, y in zip([a0, a1, a2, a3], [low, low, high, high], strict=True)
                     ]
-                    steps.append(WgmmaStep(b, a, 32 * k))
-                two = hw.wgmma_m64n64k16(acc[2 * group : 2 * group + 2], weights, steps, "f16")
-                acc = [*acc[: 2 * group], *two, *acc[2 * group + 2 :]]
+                    steps[-1].append(WgmmaStep(b, a, 32 * k))
+            if k < last:
+                loaded = load(k + 1)
+            for group in range(2):
+                two = slice(2 * group, 2 * group + 2)
+                acc[two] = hw.wgmma_m64n64k16(acc[two], weights, steps[group], "f16")
+            if k < last:
+                # Registers are for the operands of two k-steps.
+                hw.wgmma_wait(1)
         flat = hw.wgmma_wait(0, [r for a in acc for r in a])
         acc = [flat[32 * i : 32 * i + 32] for i in range(4)]
-        hw.warp_sync()
-        with hw.when(self.lane.eq(0)):
-            hw.mbarrier_arrive(self.rows_free + stage * 8)
-        return acc
+        hw.mbarrier_arrive(self.rows_free + stage * 8)
+        return acc, raised
 
     # ---- the computing warpgroups
 
@@ -678,29 +736,34 @@ class WarpgroupAttention(CtaAttention):
         hw.fence_async_proxy()
         self.compute_sync()
 
-        # A warpgroup's steps: the weights of its next tile, then the values of the tile before,
-        # which is the other's, and of this one.
-        parity = (first_tile ^ self.warpgroup) & 1
-        num_steps = hw.select(
-            parity.eq(0) & num_tiles.ne(0), num_tiles // 2 + 1, (num_tiles + 1) // 2
-        )
+        # A warpgroup's steps: the scores of its next tile; the values of the tile before, which is
+        # the other's; the weights and the values of its own.
+        own, other = self.warpgroup, self.warpgroup ^ 1
+        parity = (first_tile ^ own) & 1
+
+        def others(tile: Reg, acc: Any, sums: list[Reg]) -> Any:
+            tile = hw.recomputed(tile)
+            self.wait_for_rows(tile)
+            acc, raised = self.values(tile, other, acc)
+            return acc, self.decayed(sums, other, raised)
 
         def step(m: Reg, carry: Any) -> Any:
-            acc, sums, slot = carry
+            acc, sums = carry
             t = m * 2 + parity
             tile = first_tile + t
-            next_slot = self.load_slot(t + 2)
-            sums = hw.cond(tile < end, lambda: self.weigh(tile, first_tile, slot, sums), sums)
-            first = hw.select(t.eq(0), tile, tile - 1)
-            count = hw.minimum(tile + 1, end) - first
-            acc = hw.for_loop(count, acc, lambda i, acc: self.values(first + i, acc))
-            return acc, sums, next_slot
+            x, powers = self.scores_of(tile, first_tile)
 
-        state = ([[zero] * 32 for _ in range(4)], [zero, zero], self.load_slot(parity))
-        acc, sums, _ = hw.for_loop(num_steps, state, step)
+            acc, sums = hw.cond(t.ne(0), lambda: others(tile - 1, acc, sums), (acc, sums))
+            sums = self.weigh(tile, x, powers, sums)
+            acc, _ = self.values(hw.recomputed(tile), own, acc)
+            return acc, sums
+
+        state = ([[zero] * 32 for _ in range(4)], [zero, zero])
+        acc, sums = hw.for_loop((num_tiles + 1 - parity) // 2, state, step)
         last = end - 1
-        is_behind = num_tiles.ne(0) & ((last ^ self.warpgroup) & 1).ne(0)
-        sums = hw.cond(is_behind, lambda: self.decayed(sums, last), sums)
+
+        is_behind = num_tiles.ne(0) & ((last ^ own) & 1).ne(0)
+        acc, sums = hw.cond(is_behind, lambda: others(last, acc, sums), (acc, sums))
         self.finish(acc, sums)
 
     def compute_sync(self) -> None:

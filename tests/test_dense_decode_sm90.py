@@ -372,7 +372,8 @@ def test_sequences_without_a_key(heads, batch, length):
 @pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [64, 4])
 @pytest.mark.parametrize("q_len", [1, 3])
-def test_keys_of_pages_outside_of_the_cache_are_skipped(page_size, q_len):
+@pytest.mark.parametrize("heads", [8, 64])
+def test_keys_of_pages_outside_of_the_cache_are_skipped(heads, page_size, q_len):
     rng = np.random.default_rng(7)
     lens = (1000, 2000, 300)
     cache, table = random_pages(rng, lens, page_size)
@@ -380,7 +381,7 @@ def test_keys_of_pages_outside_of_the_cache_are_skipped(page_size, q_len):
     gone[:, -8:] = False
     gone[2, : -(-300 // page_size)] = True
     table[gone] = rng.choice([-1, 10**6, -(2**31)], gone.sum())
-    q = random_queries(rng, 3, q_len, 8)
+    q = random_queries(rng, 3, q_len, heads)
     out, lse = run(q, cache, table, np.asarray(lens, np.int32))
     for b, j in itertools.product(range(3), range(q_len)):
         keys = np.arange(lens[b] - q_len + 1 + j)
@@ -392,10 +393,11 @@ def test_keys_of_pages_outside_of_the_cache_are_skipped(page_size, q_len):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [10**6, 2**31 - 1])
-def test_keys_beyond_the_page_table_are_skipped(length):
+@pytest.mark.parametrize("heads", [8, 64])
+def test_keys_beyond_the_page_table_are_skipped(heads, length):
     rng = np.random.default_rng(8)
     cache, table = random_pages(rng, (640, 640), 64, spare_pages=0)
-    q = random_queries(rng, 2, 2, 8)
+    q = random_queries(rng, 2, 2, heads)
     out, lse = run(q, cache, table, np.asarray([length, 640], np.int32))
     rows = oracle.fp8_rows(oracle.sequence_rows(cache, table[0], 640))
     for j in range(2):

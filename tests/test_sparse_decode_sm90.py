@@ -477,15 +477,42 @@ def test_queries_of_bfloat16_s_range(heads, magnitude):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], WIDE, CONFIGS[-2]], ids=config_id)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_one_key_of_enormous_score_is_still_a_key(sign, config):
-    """Scores near -1e32 in log2 units: nothing that stands for "no key" may outdo them."""
+@pytest.mark.parametrize("score", [1.4 * 2.0**27, 2.0**108])
+def test_one_key_of_enormous_score_is_still_a_key(score, sign, config):
+    """Nothing that stands for "no key" outdoes -1e32, nor float32's rounding at 2e8."""
     rng = np.random.default_rng(15)
     cache = random_rows(rng, 640).reshape(10, 64, ROW)
     indices = np.full((2, 600), -1, np.int32)
     indices[:, 77] = [5, 400]
     rows = oracle.cache_rows(cache)[indices[:, 77]]
-    q = np.repeat(sign * 2.0**104 * np.sign(rows)[:, None], 8, axis=1)
+    size = score / (np.abs(rows).sum(1, keepdims=True) * SM_SCALE * np.log2(np.e))
+    q = np.repeat((sign * size * np.sign(rows))[:, None], 8, axis=1)
     check(jnp.asarray(q, jnp.bfloat16), cache, indices, config=config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], WIDE, CONFIGS[-2]], ids=config_id)
+def test_enormous_scores_whose_difference_float32_hardly_holds(config):
+    """Two keys of the same values, 16 apart at 2**25: whatever their weights, the output is one."""
+    rng = np.random.default_rng(17)
+    rows = random_rows(rng, 640)
+    rows[9] = rows[300]
+    rope = np.zeros((2, 64), ml_dtypes.bfloat16)
+    rope[1, 0] = 16 / (SM_SCALE * np.log2(np.e))
+    rows[[9, 300], 528:] = rope.view(np.uint8)
+    latents = oracle.fp8_rows(rows[300])[:512]
+    q = np.zeros((2, 8, 576))
+    q[..., :512] = 2.0**25 / (SM_SCALE * np.log2(np.e)) * np.sign(latents) / np.abs(latents).sum()
+    q[..., 512] = 1.0
+    indices = np.full((2, 600), -1, np.int32)
+    indices[0, [3, 500]] = 9, 300
+    indices[1, [3, 500]] = 300, 9
+    q = jnp.asarray(q, jnp.bfloat16)
+    out, lse = run(q, rows.reshape(10, 64, ROW), indices, config=config)
+    expected = np.broadcast_to(latents, out.shape)
+    np.testing.assert_allclose(out.astype(np.float32), expected, rtol=2.0**-7)
+    scores = np.einsum("thd,d->th", np.asarray(q, np.float64)[..., :512], latents) * SM_SCALE
+    np.testing.assert_allclose(lse, scores, rtol=2e-6)
 
 
 @pytest.mark.gpu
@@ -504,11 +531,13 @@ def test_tokens_without_weight_do_not_cost_the_others_their_bits(config):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [None, WIDE], ids=["16", "64"])
-def test_a_query_of_zeros_averages(config):
+@pytest.mark.parametrize("sm_scale", [SM_SCALE, 2.0**-40])
+def test_a_query_of_zeros_averages(sm_scale, config):
     rng = np.random.default_rng(8)
     cache = random_rows(rng, 640).reshape(10, 64, ROW)
     indices = rng.integers(-1, 640, (3, 300)).astype(np.int32)
-    check(random_queries(rng, 3, 16).at[:, 5].set(0), cache, indices, config=config)
+    q = random_queries(rng, 3, 16).at[:, 5].set(0)
+    check(q, cache, indices, config=config, sm_scale=sm_scale)
 
 
 @pytest.mark.gpu
