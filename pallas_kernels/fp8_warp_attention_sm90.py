@@ -146,10 +146,10 @@ class Fp8WarpAttention(WarpAttention):
 
     # ---- values
 
-    def pack_weights(self, low: Reg, high: Reg) -> Reg:
+    def pack_weights(self, low: Reg, high: Reg) -> list[Reg]:
         """P as float16 times 2**5; it meets each 128 dims' scales in `add_values`."""
         power = 2.0**_HEADROOM
-        return hw.f16x2(low * power, high * power)
+        return [hw.f16x2(low * power, high * power)]
 
     def add_values(self, state: State, weights: list[list[Reg]], tile: Reg, offset: int) -> State:
         """P times the token's scale of each 128 dims, times V."""

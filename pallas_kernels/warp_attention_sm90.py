@@ -73,9 +73,10 @@ and with one tile of bfloat16 rows per warp:
     columns                          8         16         24         32
     raw rows 8 x 16 x 1,168     149,504    149,504    149,504    149,504
     queries, no scales            9,216     18,432     27,648     36,864
-    P, maxima, max and sum          512      5,760      8,576     11,392
+    P, 512 per warp and block         -      8,192     12,288     16,384
+    maxima, max and sum             512      1,664      2,432      3,200
     mbarriers                        64         64         64         64
-    sum                         159,296    173,760    185,792    197,824
+    sum                         159,296    177,856    191,936    206,016
 
 A row stride of 656 bytes is 164 words, 4 modulo 32: 16-byte reads of 8 rows meet no bank conflict.
 bfloat16 rows of 1,152 bytes lie 1,168 bytes apart for it.
@@ -211,6 +212,11 @@ class WarpTiling:
         return TOKEN_TILE * self.row_stride
 
     @property
+    def weight_terms(self) -> int:
+        """16-bit numbers that a weight of P is the sum of: float16, or two of bfloat16."""
+        return {"fp8_ds_mla": 1, "bfloat16": 2}[self.kv_cache_format]
+
+    @property
     def tokens_per_round(self) -> int:
         """Keys that the CTA takes per iteration of its main loop."""
         return TOKEN_TILE * self.num_warps
@@ -233,7 +239,7 @@ class _SharedLayout(NamedTuple):
     rows: int  # raw cache rows [warp, stage, token]; the merge reuses them for outputs
     queries: int  # [block, unit, lane, 16]
     query_scales: int  # f32 [column], for fp8_ds_mla
-    weights: int  # 16-bit P fragments [warp, block, lane, 8], for teams
+    weights: int  # 16-bit P fragments [warp, block, lane, 8 * terms], for teams
     maxima: int  # f32 [warp, column] and the tile's scale, for teams
     stats: int  # f32 (max, sum) [warp, column]
     barriers: int  # mbarrier [warp, stage]
@@ -248,7 +254,7 @@ def _shared_layout(tiling: WarpTiling) -> _SharedLayout:
         max(rows, outputs),
         tiling.head_blocks * QUERY_BYTES,
         (tiling.kv_cache_format == "fp8_ds_mla") * tiling.head_tile * 4,
-        exchanges * tiling.num_warps * tiling.head_blocks * 256,
+        exchanges * tiling.num_warps * tiling.head_blocks * 256 * tiling.weight_terms,
         exchanges * tiling.num_warps * _maxima_bytes(tiling),
         tiling.num_warps * tiling.head_tile * 8,
         tiling.num_warps * tiling.num_stages * 8,
@@ -319,8 +325,8 @@ class WarpAttention(CtaAttention):
         """Where the running token scale begins; None where rows have no scales."""
 
     @abc.abstractmethod
-    def pack_weights(self, low: Reg, high: Reg) -> Reg:
-        """A pair of weights, at most 2**4, as the 16-bit operand of the values' MMAs."""
+    def pack_weights(self, low: Reg, high: Reg) -> list[Reg]:
+        """A pair of weights, at most 2**4, as 16-bit operands of the values' MMAs: its terms."""
 
     @abc.abstractmethod
     def add_values(self, state: State, weights: list[list[Reg]], tile: Reg, offset: int) -> State:
@@ -328,7 +334,7 @@ class WarpAttention(CtaAttention):
 
         Args:
           state: holds O^T.
-          weights: P as B fragments `[block][2]`.
+          weights: P as B fragments `[block][2 * terms]`, term after term.
           tile: address of a tile in shared memory; the one that is meant lies `offset` behind.
         """
 
@@ -497,18 +503,20 @@ class WarpAttention(CtaAttention):
         tiling, blocks = self.tiling, range(self.tiling.head_blocks)
         team_size, num_stages = tiling.team_size, tiling.num_stages
         # C fragment [token, column] of S^T -> B fragment of the same: the pairs run along tokens.
-        fragments = [
-            [
-                hw.transpose_matrix(self.pack_weights(weights[n][2 * r], weights[n][2 * r + 1]))
+        fragments = []
+        for n in blocks:
+            low, high = (
+                [*map(hw.transpose_matrix, self.pack_weights(*weights[n][2 * r : 2 * r + 2]))]
                 for r in range(2)
-            ]
-            for n in blocks
-        ]
-        fragment_bytes = tiling.head_blocks * 256
-        exchange = self.smem + self.at.weights + self.lane * 8
+            )
+            fragments.append([x for term in zip(low, high, strict=True) for x in term])
+        words = 2 * tiling.weight_terms
+        block_bytes, fragment_bytes = 128 * words, tiling.head_blocks * 128 * words
+        exchange = self.smem + self.at.weights + self.lane * (4 * words)
         if team_size > 1:
             for n in blocks:
-                hw.store_shared(exchange + self.warp * fragment_bytes, fragments[n], n * 256)
+                mine = exchange + self.warp * fragment_bytes
+                hw.store_shared(mine, fragments[n], n * block_bytes)
             self.team_sync()
 
         for member in range(team_size):
@@ -516,8 +524,9 @@ class WarpAttention(CtaAttention):
                 barrier = self.team_barriers + stage * 8 + member * num_stages * 8
                 hw.mbarrier_wait(barrier, parity)
                 team_exchange = exchange + self.team * (team_size * fragment_bytes)
+                theirs = member * fragment_bytes
                 fragments = [
-                    hw.load_shared(team_exchange, member * fragment_bytes + n * 256, words=2)
+                    hw.load_shared(team_exchange, theirs + n * block_bytes, words=words)
                     for n in blocks
                 ]
             tile = self.team_rows + stage * tiling.tile_bytes
