@@ -1,7 +1,7 @@
 """`WarpAttention` over bfloat16 rows: 576 values, the latent's 512 first, ready for the MMAs.
 
-Nothing is converted and nothing scaled, so a tile costs fewer instructions than one of
-`fp8_ds_mla`; its bytes are 1.76 times as many.
+No value of a row is converted or scaled. Its bytes are 1.76 times those of `fp8_ds_mla`, and memory
+binds up to 32 columns.
 
 Fragments (`hopper` has the MMA's own picture; lane = 4 g + c)
 ---------
@@ -15,8 +15,9 @@ Numbers
 -------
 - Q and K are bfloat16 as given, scores float32. With 8 columns there is one accumulator for even
   k-steps and one for odd ones: two chains of dependent MMAs side by side, as more columns have.
-- P meets V as the sum of two bfloat16 numbers, 16 bits of it, in two MMAs. As one, its 8 bits put
-  outputs up to 1.4 times the tolerance off FlashMLA's (0.9 times so, 0.25 off exact ones).
+- P meets V as the sum of two bfloat16 numbers, 16 bits of it, in two MMAs. As one of 8 bits, it
+  would put outputs up to 1.4 times the project's tolerance off FlashMLA's own (a NumPy model on the
+  files in tests/data; 0.9 times with two, and 0.25 off exact outputs).
 """
 
 import functools
