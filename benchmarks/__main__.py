@@ -15,7 +15,8 @@ counts useful bytes; 2,048 tokens over a pool of 8,192 read every row many times
 share of the memory's bandwidth is not shown. Attention is checked against float32 attention (out
 and lse), cache writes against XLA's (every byte), before they are timed. Dense rows have a page
 table of their own for each call; "log-uniform" lengths are 256 to 16,384 tokens, and "their mean"
-is the same number of keys evenly spread.
+is the same number of keys evenly spread. Rows that say "bfloat16" are of a bfloat16 cache,
+as FlashMLA's dense figures are; all others are of an `fp8_ds_mla` one.
 """
 
 import argparse
@@ -67,6 +68,7 @@ DENSE_SHAPES = (  # heads, q_len, batch, kv_len
     *((16, 1, 8, 2048), (8, 1, 128, 4096), (64, 1, 128, 4096), (64, 1, 1, 131_072)),
     *((128, 1, 128, 4096), (128, 2, 128, 4096)),
 )
+DENSE_BFLOAT16_SHAPES = (*DENSE_SHAPES[:5], (64, 1, 128, 4096))
 DENSE_WITH_XLA = ((16, 1, 128, 4096),)
 KINDS = ("sparse", "dense", "cache_write", "padding")
 CHAIN_BYTES = 110_000_000  # of cache rows; an H100's L2 cache holds 50 MB
@@ -78,15 +80,19 @@ Row = dict[str, Any]
 
 
 @functools.cache
-def make_cache(pool_tokens: int) -> jax.Array:
+def make_cache(pool_tokens: int, kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla") -> jax.Array:
     @jax.jit
     def make() -> jax.Array:
         keys = jax.random.split(jax.random.key(0), 3)
         tiles = jnp.exp2(jax.random.uniform(keys[0], (pool_tokens, 4, 1), minval=-2, maxval=1))
         kv_c = jax.random.normal(keys[1], (pool_tokens, 4, 128), jnp.bfloat16) * tiles
         k_pe = jax.random.normal(keys[2], (pool_tokens, 64), jnp.bfloat16)
-        rows = quantize(kv_c.reshape(pool_tokens, 512), k_pe)
-        return rows.reshape(-1, PAGE_SIZE, layout.FP8_ROW_BYTES)
+        kv_c = kv_c.reshape(pool_tokens, layout.KV_LORA_RANK)
+        if kv_cache_format == "fp8_ds_mla":
+            rows = quantize(kv_c, k_pe)
+        else:
+            rows = jnp.concatenate([kv_c.astype(jnp.bfloat16), k_pe], axis=-1)
+        return rows.reshape(-1, PAGE_SIZE, rows.shape[-1])
 
     return make()
 
@@ -250,14 +256,22 @@ def check_dense(
         check_close((out[some], lse[some]), expected, f"{q.shape=}")
 
 
-def dense_row(heads: int, q_len: int, lens: Sequence[int], name: str, *, with_xla: bool) -> Row:
-    keys = sum(lens)
+def dense_row(
+    heads: int,
+    q_len: int,
+    lens: Sequence[int],
+    name: str,
+    *,
+    with_xla: bool,
+    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla",
+) -> Row:
+    keys, row_bytes = sum(lens), layout.ROW_BYTES[kv_cache_format]
     pages = sum(-(-length // PAGE_SIZE) for length in lens)
     pool_tokens = max(POOL_TOKENS, -(-pages // 1024) * 1024 * PAGE_SIZE)
-    cache = make_cache(pool_tokens)
+    cache = make_cache(pool_tokens, kv_cache_format)
     shape = (len(lens), q_len, heads, layout.LATENT_DIM)
     q = jax.random.normal(jax.random.key(1), shape, jnp.bfloat16)
-    table_sets = max(2, CHAIN_BYTES // (keys * layout.FP8_ROW_BYTES) + 1)
+    table_sets = max(2, CHAIN_BYTES // (keys * row_bytes) + 1)
     calls = max(table_sets, 5)
     fresh = [(make_page_table(i, lens, pool_tokens),) for i in range(calls)]
     kv_lens = jnp.asarray(lens, jnp.int32)
@@ -265,6 +279,7 @@ def dense_row(heads: int, q_len: int, lens: Sequence[int], name: str, *, with_xl
     timing = time_chain(kernel_decode, (cache, q, kv_lens), fresh, verify=verify)
     row = {
         "op": "dense",
+        "kv_cache_format": kv_cache_format,
         "heads": heads,
         "batch": len(lens),
         "kv_len": max(lens),
@@ -274,17 +289,12 @@ def dense_row(heads: int, q_len: int, lens: Sequence[int], name: str, *, with_xl
         "index_sets": calls,
         **times(timing),
         "kernels_us": [us for _, us in timing.kernels],
-        "bytes": keys * layout.FP8_ROW_BYTES + 2 * len(lens) * q_len * heads * (576 + 512),
+        "bytes": keys * row_bytes + 2 * len(lens) * q_len * heads * (576 + 512),
         "flops": 2 * keys * q_len * heads * (576 + 512),
     }
     if with_xla:
         xla = time_chain(xla_decode, (cache, q, kv_lens), fresh[:table_sets])
         row["xla_us"] = xla.end_to_end_us
-        # The same op on a bfloat16 cache, for which there is no kernel.
-        key = jax.random.key(3)
-        bf16_cache = jax.random.normal(key, (*cache.shape[:2], layout.LATENT_DIM), jnp.bfloat16)
-        xla = time_chain(xla_decode, (bf16_cache, q, kv_lens), fresh[:table_sets])
-        row["xla_bfloat16_cache_us"] = xla.end_to_end_us
     return row | recorded_dense_flashmla(heads, q_len, lens)
 
 
@@ -406,13 +416,16 @@ def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
     for heads in (8, 16, 64, 128):
         yield from decode(heads)
         yield "sparse", sparse(heads, PREFILL_TOKENS, PREFILL_POOL_TOKENS, heads == 8)
-    for heads, q_len, batch, kv_len in DENSE_SHAPES:
-        with_xla = (heads, q_len, batch, kv_len) in DENSE_WITH_XLA
-        lens = [kv_len] * batch
-        yield (
-            "dense",
-            functools.partial(dense_row, heads, q_len, lens, "equal", with_xla=with_xla),
-        )
+    dense: tuple[tuple[layout.KVCacheFormat, Any], ...] = (
+        ("fp8_ds_mla", DENSE_SHAPES),
+        ("bfloat16", DENSE_BFLOAT16_SHAPES),
+    )
+    for kv_cache_format, shapes in dense:
+        for heads, q_len, batch, kv_len in shapes:
+            with_xla = (heads, q_len, batch, kv_len) in DENSE_WITH_XLA
+            options = {"with_xla": with_xla, "kv_cache_format": kv_cache_format}
+            arguments = (heads, q_len, [kv_len] * batch, "equal")
+            yield "dense", functools.partial(dense_row, *arguments, **options)
     uneven = uneven_lengths()
     mean = sum(uneven) // len(uneven)
     for lens, name in ((uneven, "log-uniform"), ([mean] * len(uneven), "their mean")):
@@ -473,6 +486,8 @@ def format_row(row: Row | None) -> str:
         cells.append(f"q_len {row['q_len']}")
     if row is not None and row.get("lengths", "equal") != "equal":
         cells.append(row["lengths"])
+    if row is not None and row.get("kv_cache_format", "fp8_ds_mla") != "fp8_ds_mla":
+        cells.append(row["kv_cache_format"])
     if row is not None and "padded_to" in row:
         cells.append(f"padded to {row['padded_to']}")
     if row is not None and not row.get("spans", True):

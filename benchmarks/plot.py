@@ -52,7 +52,7 @@ def draw(results: pathlib.Path) -> pathlib.Path:
         axes[-1].legend(loc="upper left", fontsize="small")
     axes[0].set_ylabel("microseconds")
     axes[len(HEADS) - 1].legend(loc="upper left", fontsize="small")
-    figure.suptitle(f"MLA decode, FP8 cache, {report['device']}")
+    figure.suptitle(f"MLA decode, FP8 cache unless stated, {report['device']}")
     figure.tight_layout()
     path = results.with_suffix(".png")
     figure.savefig(path, dpi=120)
@@ -61,7 +61,14 @@ def draw(results: pathlib.Path) -> pathlib.Path:
 
 
 def _draw_dense(axis: Any, rows: list[dict[str, Any]], read_tbps: float) -> None:
-    rows = sorted(rows, key=lambda row: row["bytes"])
+    def shape(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["batch"], row["kv_len"], row["lengths"]
+
+    def is_bfloat16(row: dict[str, Any]) -> bool:
+        return row.get("kv_cache_format") == "bfloat16"
+
+    bfloat16 = {shape(row): row for row in rows if is_bfloat16(row)}
+    rows = sorted((row for row in rows if not is_bfloat16(row)), key=lambda row: row["bytes"])
     labels = [
         f"{row['batch']} x {row['kv_len']:,}" if row["lengths"] == "equal" else row["lengths"]
         for row in rows
@@ -73,6 +80,10 @@ def _draw_dense(axis: Any, rows: list[dict[str, Any]], read_tbps: float) -> None
     ):
         points = [(i, row[key]) for i, row in enumerate(rows) if key in row]
         axis.plot([x for x, _ in points], [y for _, y in points], style, label=label)
+    if bfloat16:
+        points = [(i, bfloat16[shape(row)]) for i, row in enumerate(rows) if shape(row) in bfloat16]
+        times = [row["end_to_end_us"] for _, row in points]
+        axis.plot([x for x, _ in points], times, "d", label="mla_jax, bfloat16 cache")
     floor = [row["bytes"] / read_tbps / 1e6 for row in rows]
     axis.plot(range(len(rows)), floor, "_", color="gray", label="bytes / read bandwidth")
     axis.set(title="Dense, 16 heads per device", xlabel="sequences x keys", yscale="log")

@@ -51,6 +51,7 @@ def compile_all() -> None:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     cache = array((4096, 64, layout.FP8_ROW_BYTES), jnp.uint8)
+    bf16_cache = array((4096, 64, layout.LATENT_DIM), jnp.bfloat16)
 
     def calls() -> Iterator[tuple[str, jax.stages.Lowered]]:
         for heads, tokens in SPARSE:
@@ -63,6 +64,9 @@ def compile_all() -> None:
             pages, lens = array((128, 64), jnp.int32), array((128,), jnp.int32)
             decode = jax.jit(lambda *args: dense_decode_sm90(*args, sm_scale=0.07))
             yield f"dense, {heads} heads, q_len {q_len}", decode.lower(q, cache, pages, lens)
+            if q_len == 1:
+                name = f"dense, {heads} heads, bfloat16 cache"
+                yield name, decode.lower(q, bf16_cache, pages, lens)
 
     for name, lowered in calls():
         print(f"== {name}", flush=True)

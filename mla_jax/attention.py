@@ -5,6 +5,7 @@
 | device | cache      | `mla_sparse_attention` | `mla_decode` | `mla_prefill` |
 |--------|------------|------------------------|--------------|---------------|
 | Hopper | fp8_ds_mla | "mosaic_gpu"           | "mosaic_gpu" | "xla"         |
+| Hopper | bfloat16   | "xla"                  | "mosaic_gpu" | "xla"         |
 | Hopper | other      | "xla"                  | "xla"        | "xla"         |
 | other  | any        | "xla"                  | "xla"        | "xla"         |
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mla_jax import reference
-from mla_jax.cache import LatentCache
+from mla_jax.cache import KVCacheFormat, LatentCache
 from mla_jax.dispatch import Implementation, dispatch
 from pallas_kernels import (
     DenseDecodeConfig,
@@ -101,7 +102,7 @@ def mla_sparse_attention(
     _check_config(config, SparseAttentionConfig, implementation)
 
     def mosaic_gpu() -> _Bound:
-        _check_kernel_takes(q, cache)
+        _check_kernel_takes(q, cache, ("fp8_ds_mla",))
         return lambda q, data, topk_indices, topk_lens, attn_sink: sparse_attention_sm90(
             q,
             data,
@@ -164,7 +165,8 @@ def mla_decode(
       sm_scale: multiplies the scores, see `mla_sparse_attention`.
       attn_sink: float32 logit per head; out is multiplied by `sigmoid(lse - attn_sink)`.
       return_lse: also return lse.
-      implementation: "xla", "mosaic_gpu" (Hopper, `fp8_ds_mla`, bfloat16 q) or None to choose.
+      implementation: "xla", "mosaic_gpu" (Hopper, `fp8_ds_mla` or bfloat16 cache, bfloat16 q) or
+        None to choose.
       config: overrides the kernel's own choice of tiles, wherever the kernel runs.
 
     Returns:
@@ -184,7 +186,7 @@ def mla_decode(
     _check_config(config, DenseDecodeConfig, implementation)
 
     def mosaic_gpu() -> _Bound:
-        _check_kernel_takes(q, cache)
+        _check_kernel_takes(q, cache, ("fp8_ds_mla", "bfloat16"))
         return lambda q, data, page_indices, kv_lens, attn_sink: dense_decode_sm90(
             q,
             data,
@@ -364,11 +366,17 @@ def _check_config(config: Any, expected: type, implementation: Implementation | 
         )
 
 
-def _check_kernel_takes(q: Array, cache: LatentCache) -> None:
-    if cache.format != "fp8_ds_mla" or q.dtype != jnp.bfloat16:
+def _check_kernel_takes(q: Array, cache: LatentCache, formats: tuple[KVCacheFormat, ...]) -> None:
+    if cache.format not in formats or q.dtype != jnp.bfloat16:
         raise NotImplementedError(
             f"kv_cache format {cache.format} with {q.dtype=}: the mosaic_gpu kernel takes"
-            ' fp8_ds_mla and bfloat16 q; use implementation="xla"'
+            f' {" or ".join(formats)} and bfloat16 q; use implementation="xla"'
+        )
+    # Rows of 576 values could be divided otherwise.
+    if cache.kv_lora_rank != layout.KV_LORA_RANK:
+        raise NotImplementedError(
+            f"kv_cache with kv_lora_rank={cache.kv_lora_rank}: the mosaic_gpu kernel takes"
+            f' {layout.KV_LORA_RANK}; use implementation="xla"'
         )
 
 

@@ -15,7 +15,6 @@ from pallas_kernels.hopper import Reg
 ROW_TILE = 16
 """Cache rows that a warp gathers, or takes scores of, at a time."""
 
-_ROW = layout.FP8_ROW_BYTES
 _LARGEST_QUERY_EXPONENT = 14
 
 
@@ -127,6 +126,7 @@ def copy_rows(
     destination: Reg,
     barrier: Reg,
     rows_per_copy: int,
+    row_bytes: int = layout.FP8_ROW_BYTES,
 ) -> None:
     """Starts copying a warp's 16 cache rows to shared memory; those of no key become zeros.
 
@@ -138,25 +138,26 @@ def copy_rows(
       valid: 1 where it lies in the cache, else 0; `mask` has a bit of it per lane.
       destination: where this lane's row goes.
       barrier: an mbarrier that expects one arrival of the warp; the rows' bytes count, too.
-      rows_per_copy: as for `CtaAttention`.
+      rows_per_copy: as for `CtaAttention`; 1 if the rows do not follow each other in shared memory.
+      row_bytes: bytes of a row.
     """
     lane = hw.thread_index() & 31
     owner = lane < ROW_TILE
     with hw.when(mask.ne(0xFFFFFFFF)):
         with hw.when(owner & valid.eq(0)):
             zeros = [hw.u32(0)] * 4
-            for offset in range(0, _ROW, 16):
+            for offset in range(0, row_bytes, 16):
                 hw.store_shared(destination, zeros, offset)
             hw.fence_async_proxy()
         hw.warp_sync()
     with hw.when(lane.eq(0)):
         num_rows = hw.population_count(mask & 0xFFFF)
-        hw.mbarrier_arrive_expect(barrier, num_rows * _ROW)
-    num_bytes: int | Reg = _ROW
+        hw.mbarrier_arrive_expect(barrier, num_rows * row_bytes)
+    num_bytes: int | Reg = row_bytes
     if rows_per_copy > 1:
         owner = owner & (lane & (rows_per_copy - 1)).eq(0)
         copied = mask >> lane & ((1 << rows_per_copy) - 1)
-        num_bytes = hw.population_count(copied) * _ROW
+        num_bytes = hw.population_count(copied) * row_bytes
     with hw.when(owner & valid.ne(0)):
-        source = hw.element_address(kv_cache, slot, _ROW)
+        source = hw.element_address(kv_cache, slot, row_bytes)
         hw.copy_row_to_shared(destination, source, num_bytes, barrier)

@@ -1,13 +1,13 @@
-"""Dense paged MLA decode over the `fp8_ds_mla` cache on Hopper, for any number of heads per device.
+"""Dense paged MLA decode on Hopper, for any number of heads per device; FP8 or bfloat16 cache.
 
 For sequence b and draft token j, at position `kv_lens[b] - q_len + j`, over the keys up to its own,
 
     s = sm_scale * q . [kv_c, k_pe]      out = softmax(s) @ kv_c      lse = log(sum(exp(s)))
 
 The heads of all q_len tokens of a sequence are columns of one matrix, since they read the same
-rows. Up to 32 are a CTA's, which runs `WarpAttention`; more are computed by `WarpgroupAttention` in
-groups of 64, each of which reads the rows again (mostly from L2). Layout, numerics and budgets are
-described there.
+rows. Up to 32 are a CTA's, which runs `WarpAttention`; more are computed in groups, each of which
+reads the rows again (mostly from L2): of 64 by `WarpgroupAttention` over `fp8_ds_mla`, of up to 32
+by `WarpAttention` over bfloat16. Layout, numerics and budgets are described there.
 
 The grid is persistent. `WorkSplit` gives each CTA an equal share of the keys, however uneven the
 lengths are, as a few segments; parts of a sequence are merged by a second kernel (`split_kv_sm90`).
@@ -18,7 +18,8 @@ lengths are, as a few segments; parts of a sequence are merged by a second kerne
 Rows
 ----
 16 rows of a tile that lie in one page are neighbors: one `cp.async.bulk` brings up to 10,496 bytes.
-Pages of other sizes take a copy per `gcd(page_size, 16)` rows, so any page size works. Only rows of
+Pages of other sizes take a copy per `gcd(page_size, 16)` rows, so any page size works. bfloat16
+rows are copied one by one, since there must be gaps between them in shared memory. Only rows of
 keys that exist are copied; the others become zeros, their scores -inf.
 
 Causality costs nothing in most tiles: only those that the last q_len positions touch compare.
@@ -27,7 +28,7 @@ Roofline (H100)
 --------
 Memory: 0.214 ns a row for the whole GPU at 3.06 TB/s, 2.8 us for a round of 128 rows on every SM;
 the compute of 128 rows is 2.4 us with 8 columns (measured for the sparse kernel), 5.2 with 32 and
-5.0 with 64.
+5.0 with 64. A bfloat16 row costs 0.376 ns, a round of 128 rows 6.4 us.
 """
 
 import dataclasses
@@ -43,7 +44,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
+from pallas_kernels.bf16_warp_attention_sm90 import Bf16WarpAttention
 from pallas_kernels.cta_attention_sm90 import CtaAttention
+from pallas_kernels.fp8_warp_attention_sm90 import Fp8WarpAttention
 from pallas_kernels.hopper import Reg
 from pallas_kernels.split_kv_sm90 import Segment, WorkSplit, merge_segments_sm90
 from pallas_kernels.warp_attention_sm90 import (
@@ -51,6 +54,7 @@ from pallas_kernels.warp_attention_sm90 import (
     HEAD_BLOCK,
     TOKEN_TILE,
     WarpAttention,
+    WarpTiling,
 )
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
@@ -72,9 +76,11 @@ class DenseDecodeConfig(TiledConfig):
         the rows again.
       num_ctas: CTAs that share the keys of a column group.
       num_warpgroups: 1 or 2 (4 or 8 warps per CTA); 3 with `head_tile` 64.
-      num_stages: tiles in flight, 1 to 4 of 16 tokens per warp; 3 of 64 tokens with `head_tile` 64.
+      num_stages: tiles in flight, 1 to 4 of 16 tokens per warp (bfloat16 rows: 2, or 1 with 8
+        warps); 3 of 64 tokens with `head_tile` 64.
       segment_cost: fixed cost of a sequence's share in a CTA, in rounds of its keys (`64 *
         num_warpgroups`, or 64 with `head_tile` 64); 0 to 16.
+      kv_cache_format: "fp8_ds_mla" or "bfloat16" (`head_tile` 8 to 32).
     """
 
     head_tile: int
@@ -82,39 +88,67 @@ class DenseDecodeConfig(TiledConfig):
     num_warpgroups: int = 2
     num_stages: int = 2
     segment_cost: int = 2
+    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla"
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_ctas <= MAX_CTAS:
             raise ValueError(f"num_ctas={self.num_ctas} must be 1 to {MAX_CTAS}")
         if not 0 <= self.segment_cost <= 16:
             raise ValueError(f"segment_cost={self.segment_cost} must be 0 to 16")
+        if self.kv_cache_format not in layout.ROW_BYTES:
+            raise ValueError(
+                f"kv_cache_format={self.kv_cache_format!r} must be one of {(*layout.ROW_BYTES,)}"
+            )
+        if self.is_wide and self.kv_cache_format != "fp8_ds_mla":
+            raise ValueError(
+                f"head_tile={self.head_tile} takes fp8_ds_mla rows only: two tiles of 64 bfloat16"
+                f" rows do not fit into shared memory; take one of {CTA_HEAD_TILES}"
+            )
         _ = self.tiling  # checks the rest
+
+    @property
+    def tiling(self) -> WarpTiling | WarpgroupTiling:
+        if self.is_wide:
+            return super().tiling
+        return WarpTiling(
+            self.head_tile, self.num_warpgroups, self.num_stages, self.kv_cache_format
+        )
 
 
 MAX_CTAS = 1024
 """CTAs that can share the keys of a column group."""
 
 
-def default_config(batch: int, num_columns: int, capacity: int) -> DenseDecodeConfig:
+def default_config(
+    batch: int,
+    num_columns: int,
+    capacity: int,
+    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla",
+) -> DenseDecodeConfig:
     """What measured fastest on an H100: one wave of the largest CTAs that fit.
 
     Args:
       batch: sequences.
       num_columns: heads x q_len.
       capacity: keys that a sequence's page table can hold.
+      kv_cache_format: of the rows.
     """
-    if num_columns > CTA_HEAD_TILES[-1]:
+    is_fp8 = kv_cache_format == "fp8_ds_mla"
+    if num_columns > CTA_HEAD_TILES[-1] and is_fp8:
         groups, wide = -(-num_columns // COLUMNS), WarpgroupTiling()
         rounds = batch * -(-capacity // wide.tokens_per_round)
         num_ctas = min(max(1, hw.NUM_SMS // groups), rounds)
         return DenseDecodeConfig(COLUMNS, num_ctas, wide.num_warpgroups, wide.num_stages)
-    head_tile = -(-num_columns // HEAD_BLOCK) * HEAD_BLOCK
-    config = DenseDecodeConfig(head_tile)
+    groups = -(-num_columns // CTA_HEAD_TILES[-1])
+    head_tile = -(-num_columns // (groups * HEAD_BLOCK)) * HEAD_BLOCK
+    # Shared memory holds 16 tiles of fp8_ds_mla rows or 8 of bfloat16 rows.
+    stages = 2 if is_fp8 else 1
+    config = DenseDecodeConfig(head_tile, num_stages=stages, kv_cache_format=kv_cache_format)
     if head_tile == HEAD_BLOCK and batch * capacity <= hw.NUM_SMS * config.tiling.tokens_per_round:
         # A round for each SM or less: half as many warps wait less for each other.
-        config = DenseDecodeConfig(head_tile, num_warpgroups=1, num_stages=4)
+        config = dataclasses.replace(config, num_warpgroups=1, num_stages=2 * stages)
     rounds = batch * -(-capacity // config.tiling.tokens_per_round)
-    return dataclasses.replace(config, num_ctas=min(hw.NUM_SMS, rounds))
+    return dataclasses.replace(config, num_ctas=min(max(1, hw.NUM_SMS // groups), rounds))
 
 
 # ---------------------------------------------------------------------------------------- kernel
@@ -285,6 +319,14 @@ class _FewColumns(_Sequences, WarpAttention):
         )
 
 
+class _FewColumnsFp8(_FewColumns, Fp8WarpAttention):
+    """The same, over `fp8_ds_mla` rows."""
+
+
+class _FewColumnsBf16(_FewColumns, Bf16WarpAttention):
+    """The same, over bfloat16 rows."""
+
+
 class _ManyColumns(_Sequences, WarpgroupAttention):
     """A CTA of 64 columns."""
 
@@ -304,6 +346,8 @@ class _ManyColumns(_Sequences, WarpgroupAttention):
             compute=lambda: self.for_each_segment(split, compute),
         )
 
+
+_FEW_COLUMNS = {"fp8_ds_mla": _FewColumnsFp8, "bfloat16": _FewColumnsBf16}
 
 # ---------------------------------------------------------------------------------------- launch
 
@@ -329,16 +373,18 @@ def dense_decode_sm90(
 
     Args:
       q: bfloat16 `[batch, q_len, heads, 576]`, absorbed: `ql_nope ++ q_pe`. Up to 64 (token, head)
-        columns share the read of a row, more are computed in groups. Nothing needs padding.
-      kv_cache: uint8 `[num_pages, page_size, 656]`, `fp8_ds_mla`, any page size (multiples of 16
-        are fastest), beyond 2**31 bytes, too.
+        columns share the read of a row (32 with a bfloat16 cache), more are computed in groups.
+        Nothing needs padding.
+      kv_cache: uint8 `[num_pages, page_size, 656]` (`fp8_ds_mla`) or bfloat16 `[num_pages,
+        page_size, 576]` (`kv_c ++ k_pe`); any page size (with `fp8_ds_mla`, multiples of 16 are
+        fastest), beyond 2**31 bytes, too.
       page_indices: int32 `[batch, pages_per_seq]`. Keys of pages outside of the cache (-1) are
         skipped; entries beyond a sequence's length may be anything.
       kv_lens: int32 `[batch]`, the q_len new tokens included; keys beyond the page table are
         skipped.
       sm_scale: the factor of the scores, positive.
       attn_sink: float32 `[heads]`: `out` is multiplied by `sigmoid(lse - attn_sink)`.
-      config: how to divide the work; `default_config` if None.
+      config: how to divide the work, over rows of the cache's format; `default_config` if None.
 
     Returns:
       `out` bfloat16 `[batch, q_len, heads, 512]` and `lse` float32 `[batch, q_len, heads]`, natural
@@ -346,11 +392,16 @@ def dense_decode_sm90(
 
     Raises:
       ValueError: if the arguments do not fit together.
-      NotImplementedError: if q is not bfloat16 of 576 dims, or the cache not `fp8_ds_mla` of 512 +
-        64 dims.
+      NotImplementedError: if q is not bfloat16 of 576 dims, or the cache neither `fp8_ds_mla` nor
+        bfloat16 of 512 + 64 dims.
     """
     layout.check_sm_scale(sm_scale)
-    _validate(q, kv_cache, page_indices, kv_lens, attn_sink)
+    kv_cache_format = _validate(q, kv_cache, page_indices, kv_lens, attn_sink)
+    if config is not None and config.kv_cache_format != kv_cache_format:
+        raise ValueError(
+            f"{config.kv_cache_format=} is not that of the cache, {kv_cache.dtype} rows of"
+            f" {kv_cache.shape[2]}: {kv_cache_format!r}"
+        )
     batch, q_len, num_heads, _ = q.shape
     if 0 in (*q.shape, *page_indices.shape, *kv_cache.shape):
         return (
@@ -359,7 +410,7 @@ def dense_decode_sm90(
         )
     if config is None:
         capacity = page_indices.shape[1] * kv_cache.shape[1]
-        config = default_config(batch, q_len * num_heads, capacity)
+        config = default_config(batch, q_len * num_heads, capacity, kv_cache_format)
     return _decode(
         q, kv_cache, page_indices, kv_lens, attn_sink, sm_scale=float(sm_scale), config=config
     )
@@ -394,13 +445,14 @@ def _decode(
         operands["sink"] = attn_sink.astype(jnp.float32)
     names = (*operands, "out", "lse", "partial_out", "partial_lse", "segments", "smem")
 
+    code = _ManyColumns if config.is_wide else _FEW_COLUMNS[config.kv_cache_format]
+
     def dense_decode_kernel(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))
         def cta(ctx: Any, *args: Any) -> None:
             del ctx
             *values, program = args
             named = dict(zip(names, values, strict=True))
-            code = _ManyColumns if config.is_wide else _FewColumns
             code(config, problem, named, Reg(program.registers.item())).run(split)
 
         cta(*refs, lax.axis_index("cta").astype(jnp.int32))
@@ -436,20 +488,27 @@ def _validate(
     page_indices: jax.Array,
     kv_lens: jax.Array,
     attn_sink: jax.Array | None,
-) -> None:
+) -> layout.KVCacheFormat:
+    """Checks the arguments; returns the cache's format."""
     if q.ndim != 4 or kv_cache.ndim != 3 or page_indices.ndim != 2:
         raise ValueError(
             f"{q.shape=}, {kv_cache.shape=}, {page_indices.shape=}: expected"
-            " [batch, q_len, heads, 576], [pages, page_size, 656] and [batch, pages_per_seq]"
+            " [batch, q_len, heads, 576], [pages, page_size, 656 or 576] and [batch, pages_per_seq]"
         )
     if q.dtype != jnp.bfloat16 or q.shape[3] != layout.LATENT_DIM:
         raise NotImplementedError(
             f"{q.dtype=}, {q.shape=}: this kernel takes bfloat16 [.., .., .., {layout.LATENT_DIM}]"
         )
-    if kv_cache.dtype != jnp.uint8 or kv_cache.shape[2] != layout.FP8_ROW_BYTES:
+    rows = (kv_cache.dtype, kv_cache.shape[2])
+    if rows == (jnp.uint8, layout.FP8_ROW_BYTES):
+        kv_cache_format = "fp8_ds_mla"
+    elif rows == (jnp.bfloat16, layout.LATENT_DIM):
+        kv_cache_format = "bfloat16"
+    else:
         raise NotImplementedError(
             f"{kv_cache.dtype=}, {kv_cache.shape=}: this kernel reads fp8_ds_mla caches, uint8"
-            f" [pages, page_size, {layout.FP8_ROW_BYTES}]"
+            f" [pages, page_size, {layout.FP8_ROW_BYTES}], and bfloat16 ones [pages, page_size,"
+            f" {layout.LATENT_DIM}]"
         )
     batch, _, num_heads, _ = q.shape
     if page_indices.shape[0] != batch or page_indices.dtype != jnp.int32:
@@ -461,3 +520,4 @@ def _validate(
         raise ValueError(f"{kv_lens.shape=}, {kv_lens.dtype=} must be int32 ({batch},)")
     if attn_sink is not None and attn_sink.shape != (num_heads,):
         raise ValueError(f"{attn_sink.shape=} must be ({num_heads},), one value per query head")
+    return kv_cache_format

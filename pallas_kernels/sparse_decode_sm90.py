@@ -31,12 +31,12 @@ from pallas_kernels import hopper as hw
 from pallas_kernels import layout
 from pallas_kernels.combine_sm90 import merge_partials_sm90
 from pallas_kernels.cta_attention_sm90 import CtaAttention
+from pallas_kernels.fp8_warp_attention_sm90 import Fp8WarpAttention
 from pallas_kernels.hopper import Reg
 from pallas_kernels.warp_attention_sm90 import (
     CTA_HEAD_TILES,
     HEAD_BLOCK,
     TOKEN_TILE,
-    WarpAttention,
 )
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
@@ -276,7 +276,7 @@ class _Keys(CtaAttention):
         hw.store_global(row + hw.u64(dim * itemsize), values)
 
 
-class _FewHeads(_Keys, WarpAttention):
+class _FewHeads(_Keys, Fp8WarpAttention):
     """A CTA of up to 32 heads."""
 
     def run(self) -> None:

@@ -32,33 +32,30 @@ Repeating the dequantization in every warp instead measured 82 us against 72 (16
 Fragments (`hopper` has the MMA's own picture; lane = 4 g + c)
 ---------
     S^T [16 tokens, 8 columns] tokens g, g + 8;  columns 2c, 2c + 1
-    K   as A operand           16 consecutive bytes of rows g, g + 8: a k-step's dims are whatever
-                               four bytes lie there, and Q is stored to match
+    K   as A operand           16 consecutive bytes of rows g, g + 8, see the row format
     P   as B operand           S^T's fragment through `movmatrix`: tokens 2c, 2c + 1, +8; column g
-    V^T as A operand           `ldmatrix.trans` on byte pairs, then a byte permutation: dims 2g and
-                               2g + 1 of a 16-dim block; tokens 2c, 2c + 1, +8
-    O^T [16 dims, 8 columns]   dims 2g, 2g + 1;  columns 2c, 2c + 1
+    V^T as A operand           `ldmatrix.trans`, see the row format
+    O^T [16 dims, 8 columns]   the dims of V^T;  columns 2c, 2c + 1
+
+Row formats
+-----------
+How queries, rows and weights become operands is a derived class's: `Fp8WarpAttention`
+(`fp8_ds_mla`) and `Bf16WarpAttention`. Their modules have the fragments and the numerics.
 
 Numbers
 -------
-- e4m3 -> float16 is exact, one instruction for two values. RoPE stays bfloat16, as an MMA of its
-  own into the same accumulator.
-- Scales never meet the 8-bit data. Scores: one accumulator per 128 dims, combined in float32 with
-  the token's scales. Values: P times the token's scale of the 128 dims, as float16 pairs.
-- float16's range: each query column is scaled by a power of two to 2**14 .. 2**15, undone in the
-  scores; token scales are taken relative to a running power of two (their largest so far), undone
-  at the end. When it or the running maximum (by more than 2**4) is outgrown, the accumulators are
-  rescaled; usually they are not. What this cannot hold: a token's values lose bits where another
-  token of the CTA, weighty or not, has a scale more than 2**20 times as large.
+- The running maximum may lag behind by 2**4, so P is at most that. When it is outgrown, the
+  accumulators are rescaled; usually they are not.
 - The row of a key without a slot is never read from the cache: it is zeros in shared memory, its
   score -inf.
 - No atomics, one fixed order of everything: bitwise deterministic.
 
 Budgets
 -------
-255 registers a thread (sparse: 8, 16 and 24 columns without spills; 32 spill 112 bytes): 96 to
-128 accumulators, 4 per column block for maxima and sums, 8 to 32 for scores in flight, the rest
-addresses and operands. Shared memory in bytes, with 8 warps and two tiles in flight per warp:
+255 registers a thread (sparse: 8, 16 and 24 columns without spills; 32 spill 112 bytes; bfloat16
+rows: no spills): 96 to 128 accumulators, 4 per column block for maxima and sums, 8 to 32 for scores
+in flight, the rest addresses and operands. Shared memory in bytes, with 8 warps and two tiles of
+`fp8_ds_mla` rows in flight per warp:
 
     columns                          8         16         24         32
     raw rows 8 x 2 x 16 x 656   167,936    167,936    167,936    167,936
@@ -70,7 +67,18 @@ addresses and operands. Shared memory in bytes, with 8 warps and two tiles in fl
     mbarriers                       128        128        128        128
     sum                         177,824    192,320    204,384    216,448
 
+and with one tile of bfloat16 rows per warp:
+
+    columns                          8         16         24         32
+    raw rows 8 x 16 x 1,168     149,504    149,504    149,504    149,504
+    queries, no scales            9,216     18,432     27,648     36,864
+    P, 512 per warp and block         -      8,192     12,288     16,384
+    maxima, max and sum             512      1,664      2,432      3,200
+    mbarriers                        64         64         64         64
+    sum                         159,296    177,856    191,936    206,016
+
 A row stride of 656 bytes is 164 words, 4 modulo 32: 16-byte reads of 8 rows meet no bank conflict.
+bfloat16 rows of 1,152 bytes lie 1,168 bytes apart for it.
 
 Form
 ----
@@ -81,14 +89,16 @@ by one on all SMs, per 64 rows: 0.52 us to dequantize, 0.45 for the scores, 0.39
 `copy_gmem_to_smem` row by row gathers at 1.96 TB/s, since one elected thread issues the copies.
 """
 
+import abc
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
-from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention, copy_rows, query_scales
+from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention, copy_rows
 from pallas_kernels.hopper import Reg
 
 TOKEN_TILE = ROW_TILE
@@ -103,26 +113,18 @@ DIM_BLOCK = 16
 CTA_HEAD_TILES = (8, 16, 24, 32)
 """Query columns that a CTA can take."""
 
-_ROW = layout.FP8_ROW_BYTES
-_NUM_TILES = layout.num_scale_tiles(layout.KV_LORA_RANK)
-_SCALES_OFFSET = layout.KV_LORA_RANK
-_ROPE_OFFSET = layout.KV_LORA_RANK + 4 * _NUM_TILES
-_TILE_BYTES = TOKEN_TILE * _ROW
-_DIM_BLOCKS = layout.KV_LORA_RANK // DIM_BLOCK
+QUERY_UNITS = layout.LATENT_DIM // 32
+"""Units of 512 bytes of 8 columns' queries: two MMAs' B fragments each, 16 bytes a lane."""
 
-# Queries of 8 columns in MMA order: 32 fragments for the latent and 4 for RoPE, two to a 512-byte
-# unit, so that a lane reads 16 bytes for two MMAs.
-_QUERY_UNITS = layout.LATENT_DIM // 32
-_QUERY_BYTES = _QUERY_UNITS * 512
+QUERY_BYTES = QUERY_UNITS * 512
+"""Queries of 8 columns in shared memory."""
+
+_DIM_BLOCKS = layout.KV_LORA_RANK // DIM_BLOCK
 
 # The running maximum may lag behind by 2**4 before the accumulators are rescaled.
 _MAX_LAG = 4.0
 # Finite, so that -inf - maximum is -inf and not NaN, and below every score.
 _NO_MAXIMUM = -3.4028234e38
-# P (at most 2**_MAX_LAG) and the token scales (less than 2, relative to the running scale) become
-# float16 times 2**5 each, so that their product stays below 2**15 and small ones stay normal.
-_HEADROOM = 5
-_SMALLEST_SCALE_EXPONENT = 127 - 100
 
 # Named barriers of the teams; the hardware has 16, Mosaic GPU uses 0 to 4.
 _TEAM_BARRIER = 8
@@ -139,11 +141,13 @@ class WarpTiling:
       head_tile: query columns of the CTA, 8, 16, 24 or 32.
       num_warpgroups: 1 or 2 (4 or 8 warps).
       num_stages: 16-token tiles that a warp keeps in flight, 1 to 4.
+      kv_cache_format: of the rows.
     """
 
     head_tile: int
     num_warpgroups: int = 2
     num_stages: int = 2
+    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla"
 
     def __post_init__(self) -> None:
         if self.head_tile not in CTA_HEAD_TILES:
@@ -189,6 +193,29 @@ class WarpTiling:
         return self.num_warps // self.team_size
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a cache row."""
+        return layout.ROW_BYTES[self.kv_cache_format]
+
+    @property
+    def row_stride(self) -> int:
+        """Bytes from row to row in shared memory: 16 modulo 128.
+
+        16-byte reads of 8 rows then meet no bank conflict.
+        """
+        return self.row_bytes + (16 - self.row_bytes) % 128
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile in shared memory."""
+        return TOKEN_TILE * self.row_stride
+
+    @property
+    def weight_terms(self) -> int:
+        """16-bit numbers that a weight of P is the sum of: float16, or two of bfloat16."""
+        return {"fp8_ds_mla": 1, "bfloat16": 2}[self.kv_cache_format]
+
+    @property
     def tokens_per_round(self) -> int:
         """Keys that the CTA takes per iteration of its main loop."""
         return TOKEN_TILE * self.num_warps
@@ -208,10 +235,10 @@ class WarpTiling:
 class _SharedLayout(NamedTuple):
     """Byte offsets in shared memory."""
 
-    rows: int  # raw cache rows [warp, stage, token, 656]; the merge reuses them for outputs
+    rows: int  # raw cache rows [warp, stage, token]; the merge reuses them for outputs
     queries: int  # [block, unit, lane, 16]
-    query_scales: int  # f32 [column]
-    weights: int  # f16 P fragments [warp, block, lane, 8], for teams
+    query_scales: int  # f32 [column], for fp8_ds_mla
+    weights: int  # 16-bit P fragments [warp, block, lane, 8 * terms], for teams
     maxima: int  # f32 [warp, column] and the tile's scale, for teams
     stats: int  # f32 (max, sum) [warp, column]
     barriers: int  # mbarrier [warp, stage]
@@ -219,14 +246,14 @@ class _SharedLayout(NamedTuple):
 
 
 def _shared_layout(tiling: WarpTiling) -> _SharedLayout:
-    rows = tiling.num_warps * tiling.num_stages * _TILE_BYTES
+    rows = tiling.num_warps * tiling.num_stages * tiling.tile_bytes
     outputs = tiling.num_teams * tiling.head_tile * layout.KV_LORA_RANK * 4
     exchanges = tiling.team_size > 1
     sizes = (
         max(rows, outputs),
-        tiling.head_blocks * _QUERY_BYTES,
-        tiling.head_tile * 4,
-        exchanges * tiling.num_warps * tiling.head_blocks * 256,
+        tiling.head_blocks * QUERY_BYTES,
+        (tiling.kv_cache_format == "fp8_ds_mla") * tiling.head_tile * 4,
+        exchanges * tiling.num_warps * tiling.head_blocks * 256 * tiling.weight_terms,
         exchanges * tiling.num_warps * _maxima_bytes(tiling),
         tiling.num_warps * tiling.head_tile * 8,
         tiling.num_warps * tiling.num_stages * 8,
@@ -244,18 +271,18 @@ def _maxima_bytes(tiling: WarpTiling) -> int:
 # ------------------------------------------------------------------------------------------- CTA
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """What a warp carries from tile to tile, in registers."""
 
     acc: list[list[list[Reg]]]  # f32 O^T fragments [dim block][block][4]
     maxima: list[list[Reg]]  # f32 running maximum [block][2], log2 units
     sums: list[list[Reg]]  # f32 running sum of this lane's tokens [block][2]
-    scale: Reg  # bits of the running token scale, a power of two
+    scale: Reg | None  # bits of the running token scale, a power of two; None without scales
     masks: list[Reg]  # valid tokens of the tiles in flight, one bit each
 
 
 class WarpAttention(CtaAttention):
-    """A CTA of 8 to 32 columns.
+    """A CTA of 8 to 32 columns, over rows of any format: a derived class knows the format.
 
     `attend` takes the CTA's columns over one list of keys. It may run several times, for one list
     after the other: `first_round` then counts the rounds of all lists before, from which the
@@ -270,12 +297,57 @@ class WarpAttention(CtaAttention):
         self.team = self.warp // tiling.team_size
         self.member = self.warp % tiling.team_size
 
-        warp_bytes = tiling.num_stages * _TILE_BYTES
+        warp_bytes = tiling.num_stages * tiling.tile_bytes
         self.rows = self.smem + self.warp * warp_bytes
         self.team_rows = self.smem + self.team * (tiling.team_size * warp_bytes)
         barriers = self.smem + self.at.barriers
         self.barriers = barriers + self.warp * (tiling.num_stages * 8)
         self.team_barriers = barriers + self.team * (tiling.team_size * tiling.num_stages * 8)
+
+    # ---- what a row format defines
+
+    @abc.abstractmethod
+    def store_queries(self, loaded: list[list[list[Reg]]]) -> None:
+        """Stores what `load_queries` brought, in MMA order; zeros for columns beyond the last."""
+
+    @abc.abstractmethod
+    def scores(self, stage: Reg, mask: Reg, t: Reg) -> tuple[list[list[Reg]], Reg | None]:
+        """S^T = K Q^T for the warp's own tile and all columns.
+
+        Returns:
+          Scores `[block][4]` in log2 units, -inf for tokens that are not seen; and bits of the
+          power of two of the tile's largest scale, None where rows have no scales.
+        """
+
+    @abc.abstractmethod
+    def smallest_scale(self) -> Reg | None:
+        """Where the running token scale begins; None where rows have no scales."""
+
+    @abc.abstractmethod
+    def pack_weights(self, low: Reg, high: Reg) -> list[Reg]:
+        """A pair of weights, at most 2**4, as 16-bit operands of the values' MMAs: its terms."""
+
+    @abc.abstractmethod
+    def add_values(self, state: State, weights: list[list[Reg]], tile: Reg, offset: int) -> State:
+        """O^T += V^T P for this warp's dims and one tile.
+
+        Args:
+          state: holds O^T.
+          weights: P as B fragments `[block][2 * terms]`, term after term.
+          tile: address of a tile in shared memory; the one that is meant lies `offset` behind.
+        """
+
+    @abc.abstractmethod
+    def output_unit(self, state: State) -> Reg:
+        """What O^T is to be multiplied by at the end."""
+
+    @abc.abstractmethod
+    def dim_pairs(self, fragment: list[Reg]) -> tuple[Reg, list[list[Reg]]]:
+        """Two neighboring dims of an O^T fragment: which of the 16, and their values.
+
+        Returns:
+          The lower dim, even, and `[column][2]` values for columns 2c and 2c + 1.
+        """
 
     # ---- gather: the cache rows of one tile into one stage of shared memory
 
@@ -296,18 +368,22 @@ class WarpAttention(CtaAttention):
         return hw.select(inside, hw.u32(1), hw.u32(0)), hw.ballot(inside)
 
     def gather(self, slot: Reg, stage: Reg, valid: Reg, mask: Reg) -> None:
-        """Starts copying the tile's rows, see `copy_rows`."""
+        """Starts copying the tile's rows, see `copy_rows`; one by one if there are gaps between."""
+        tiling = self.tiling
+        row = (self.lane & (TOKEN_TILE - 1)) * tiling.row_stride
+        is_dense = tiling.row_stride == tiling.row_bytes
         copy_rows(
             self.kv_cache,
             slot,
             valid,
             mask,
-            destination=self.rows + stage * _TILE_BYTES + (self.lane & (TOKEN_TILE - 1)) * _ROW,
+            row_bytes=tiling.row_bytes,
+            destination=self.rows + stage * tiling.tile_bytes + row,
             barrier=self.barriers + stage * 8,
-            rows_per_copy=self.rows_per_copy,
+            rows_per_copy=self.rows_per_copy if is_dense else 1,
         )
 
-    # ---- queries: scaled to float16's range, in the order in which the MMAs read them
+    # ---- queries: in the order in which the MMAs read them
 
     def load_queries(self) -> list[list[list[Reg]]]:
         """This warp's columns (warp, warp + num_warps, ...), 8 dims per 16 bytes and lane."""
@@ -330,102 +406,11 @@ class WarpAttention(CtaAttention):
             )
         return loaded
 
-    def store_queries(self, loaded: list[list[list[Reg]]]) -> None:
-        """Scales each column by a power of two so that its largest value is 2**14 to 2**15.
-
-        float16 then holds every value to 2**-40 of the column's largest; the scores take the power
-        back, together with `sm_scale` and log2(e).
-        """
-        tiling = self.tiling
-        for i, pieces in enumerate(loaded):
-            column = self.warp + i * tiling.num_warps  # within the tile
-            exists = self.first_column + column < self.num_columns
-            power, undo = query_scales(pieces)
-            power = hw.select(exists, power, hw.f32(0.0))
-            block = self.smem + self.at.queries + (column // HEAD_BLOCK) * _QUERY_BYTES
-            column_offset = (column % HEAD_BLOCK) * 64
-            for part, piece in enumerate(pieces):
-                is_rope = part == 2
-                pack = hw.bf16x2 if is_rope else hw.f16x2
-                words = []
-                for word in piece:
-                    low, high = hw.bf16x2_to_f32(word)
-                    words.append(pack(low * power, high * power))
-                # Piece j holds dims 8 j .. 8 j + 7.
-                if is_rope:
-                    j = self.lane & 7
-                    unit, piece_lane = (j & 1) + (_QUERY_UNITS - 2), j >> 1
-                else:
-                    j = self.lane + 32 * part
-                    unit, piece_lane = (j >> 4) * 4 + (j & 3), (j >> 2) & 3
-                address = block + unit * 512 + column_offset + piece_lane * 16
-                hw.store_shared(address, words)
-            with hw.when(self.lane.eq(0)):
-                scale = undo * (self.sm_scale * hw.LOG2_E)
-                hw.store_shared(self.smem + self.at.query_scales + column * 4, [scale])
-
-    # ---- scores: S^T = K Q^T for the warp's own tile and all columns
-
-    def scores(self, stage: Reg, mask: Reg, t: Reg) -> tuple[list[list[Reg]], Reg]:
-        """Scores [block][4] in log2 units, -inf for masked tokens; the tile's scale bits.
-
-        Per 128-dim group an MMA chain on unscaled e4m3 values, then one fma with the token's scale
-        of that group. A lane's four dims of a k-step are consecutive in memory: the order of k does
-        not matter to the product as long as K and Q agree.
-        """
-        blocks = range(self.tiling.head_blocks)
-        zero = hw.f32(0.0)
-        tile = self.rows + stage * _TILE_BYTES
-        row = tile + self.g * _ROW
-        keys = row + self.c * 32
-        queries = self.smem + self.at.queries + self.lane * 16
-
-        scales = [hw.load_shared_f32(row, r * 8 * _ROW + _SCALES_OFFSET) for r in range(2)]
-
-        total = [[zero] * 4 for _ in blocks]
-        for half in range(2):
-            rows = [hw.load_shared(keys, r * 8 * _ROW + _ROPE_OFFSET + 16 * half) for r in range(2)]
-            unit = _QUERY_UNITS - 2 + half
-            q = [hw.load_shared(queries, n * _QUERY_BYTES + unit * 512) for n in blocks]
-            for s in range(2):
-                a = [rows[0][2 * s], rows[1][2 * s], rows[0][2 * s + 1], rows[1][2 * s + 1]]
-                for n in blocks:
-                    total[n] = hw.mma_m16n8k16(total[n], a, q[n][2 * s : 2 * s + 2], "bf16")
-
-        for j in range(_NUM_TILES):
-            acc = [[zero] * 4 for _ in blocks]
-            for half in range(2):
-                rows = [hw.load_shared(keys, r * 8 * _ROW + 128 * j + 16 * half) for r in range(2)]
-                for pair in range(2):
-                    unit = 4 * j + 2 * half + pair
-                    q = [hw.load_shared(queries, n * _QUERY_BYTES + unit * 512) for n in blocks]
-                    for s in range(2):
-                        a0, a2 = hw.e4m3x4_to_f16x2(rows[0][2 * pair + s])
-                        a1, a3 = hw.e4m3x4_to_f16x2(rows[1][2 * pair + s])
-                        for n in blocks:
-                            b = q[n][2 * s : 2 * s + 2]
-                            acc[n] = hw.mma_m16n8k16(acc[n], [a0, a1, a2, a3], b, "f16")
-            for n in blocks:
-                total[n] = [hw.fma(scales[i // 2][j], acc[n][i], total[n][i]) for i in range(4)]
-
-        query_scales = self.smem + self.at.query_scales + self.c * 8
-        result = []
-        for n in blocks:
-            factor = hw.load_shared_f32(query_scales, n * 32, words=2)
-            result.append([total[n][i] * factor[i % 2] for i in range(4)])
-        result = self.visible(result, mask, t)
-
-        # Positive floats order like their bits; masked rows are zeros.
-        largest = functools.reduce(
-            hw.maximum_u32, [hw.as_u32(s) for row_scales in scales for s in row_scales]
-        )
-        return result, hw.reduce_max_u32(largest) & 0x7F800000
-
     # ---- softmax: running maximum and scale, rescaling, weights
 
     def softmax(
-        self, state: _State, scores: list[list[Reg]], scale: Reg
-    ) -> tuple[_State, list[list[Reg]]]:
+        self, state: State, scores: list[list[Reg]], scale: Reg | None
+    ) -> tuple[State, list[list[Reg]]]:
         """Brings the state to this tile's maximum and scale; returns weights P [block][4]."""
         blocks = range(self.tiling.head_blocks)
         tile_max = []
@@ -439,20 +424,24 @@ class WarpAttention(CtaAttention):
         if self.tiling.team_size > 1:
             tile_max, scale = self.exchange_maxima(tile_max, scale)
 
-        outgrown = scale > state.scale
+        old_scale = state.scale
+        is_above = [] if scale is None or old_scale is None else [scale > old_scale]
         for n in blocks:
             for h in range(2):
-                outgrown = outgrown | (tile_max[n][h] - state.maxima[n][h] > _MAX_LAG)
+                is_above.append(tile_max[n][h] - state.maxima[n][h] > _MAX_LAG)
+        outgrown = functools.reduce(operator.or_, is_above)
 
-        def rescaled() -> _State:
+        def rescaled() -> State:
             maxima = [
                 [hw.maximum(state.maxima[n][h], tile_max[n][h]) for h in range(2)] for n in blocks
             ]
             decay = [[hw.exp2(state.maxima[n][h] - maxima[n][h]) for h in range(2)] for n in blocks]
-            new_scale = hw.maximum_u32(state.scale, scale)
-            # old scale / new scale, a power of two; 0 where that leaves float32's range.
-            difference = new_scale - state.scale
-            ratio = hw.as_f32((127 << 23) - hw.minimum(difference, 127 << 23))
+            new_scale, ratio = None, hw.f32(1.0)
+            if scale is not None and old_scale is not None:
+                new_scale = hw.maximum_u32(old_scale, scale)
+                # old scale / new scale, a power of two; 0 where that leaves float32's range.
+                difference = new_scale - old_scale
+                ratio = hw.as_f32((127 << 23) - hw.minimum(difference, 127 << 23))
             return state._replace(
                 acc=[
                     [
@@ -476,7 +465,9 @@ class WarpAttention(CtaAttention):
         ]
         return state._replace(sums=sums), weights
 
-    def exchange_maxima(self, tile_max: list[list[Reg]], scale: Reg) -> tuple[list[list[Reg]], Reg]:
+    def exchange_maxima(
+        self, tile_max: list[list[Reg]], scale: Reg | None
+    ) -> tuple[list[list[Reg]], Reg | None]:
         """Maxima over the tiles of all warps of the team."""
         blocks = range(self.tiling.head_blocks)
         stride = _maxima_bytes(self.tiling)
@@ -485,8 +476,9 @@ class WarpAttention(CtaAttention):
         with hw.when(self.g.eq(0)):
             for n in blocks:
                 hw.store_shared(mine + self.c * 8, tile_max[n], n * 32)
-        with hw.when(self.lane.eq(0)):
-            hw.store_shared(mine, [scale], 4 * self.tiling.head_tile)
+        if scale is not None:
+            with hw.when(self.lane.eq(0)):
+                hw.store_shared(mine, [scale], 4 * self.tiling.head_tile)
         self.team_sync()
         team = maxima + self.team * (self.tiling.team_size * stride)
         for member in range(self.tiling.team_size):
@@ -494,8 +486,9 @@ class WarpAttention(CtaAttention):
             for n in blocks:
                 theirs = hw.load_shared_f32(team + self.c * 8, offset + n * 32, words=2)
                 tile_max[n] = [hw.maximum(a, b) for a, b in zip(tile_max[n], theirs, strict=True)]
-            (other,) = hw.load_shared(team, offset + 4 * self.tiling.head_tile, words=1)
-            scale = hw.maximum_u32(scale, other)
+            if scale is not None:
+                (other,) = hw.load_shared(team, offset + 4 * self.tiling.head_tile, words=1)
+                scale = hw.maximum_u32(scale, other)
         return tile_max, scale
 
     def team_sync(self) -> None:
@@ -504,86 +497,45 @@ class WarpAttention(CtaAttention):
 
     # ---- values: O^T += V^T P for this warp's dims and the tiles of its team
 
-    def values(self, state: _State, weights: list[list[Reg]], stage: Reg, parity: Reg) -> _State:
-        """Adds the team's tiles; P goes to float16 once, and meets each 128 dims' scales there."""
-        blocks = range(self.tiling.head_blocks)
-        team_size, num_stages = self.tiling.team_size, self.tiling.num_stages
+    def values(self, state: State, weights: list[list[Reg]], stage: Reg, parity: Reg) -> State:
+        """Adds the team's tiles; P becomes 16 bits once, in the warp that has it."""
+        tiling, blocks = self.tiling, range(self.tiling.head_blocks)
+        team_size, num_stages = tiling.team_size, tiling.num_stages
         # C fragment [token, column] of S^T -> B fragment of the same: the pairs run along tokens.
-        power = 2.0**_HEADROOM
-        fragments = [
-            [
-                hw.transpose_matrix(
-                    hw.f16x2(weights[n][2 * r] * power, weights[n][2 * r + 1] * power)
-                )
+        fragments = []
+        for n in blocks:
+            low, high = (
+                [*map(hw.transpose_matrix, self.pack_weights(*weights[n][2 * r : 2 * r + 2]))]
                 for r in range(2)
-            ]
-            for n in blocks
-        ]
-        fragment_bytes = self.tiling.head_blocks * 256
-        exchange = self.smem + self.at.weights + self.lane * 8
+            )
+            fragments.append([x for term in zip(low, high, strict=True) for x in term])
+        words = 2 * tiling.weight_terms
+        block_bytes, fragment_bytes = 128 * words, tiling.head_blocks * 128 * words
+        exchange = self.smem + self.at.weights + self.lane * (4 * words)
         if team_size > 1:
             for n in blocks:
-                hw.store_shared(exchange + self.warp * fragment_bytes, fragments[n], n * 256)
+                mine = exchange + self.warp * fragment_bytes
+                hw.store_shared(mine, fragments[n], n * block_bytes)
             self.team_sync()
 
-        inverse_scale = hw.as_f32(((2 * 127 + _HEADROOM) << 23) - state.scale)
-        groups = _NUM_TILES // team_size  # 128-dim groups of this warp
-        acc = [list(fragment) for fragment in state.acc]
         for member in range(team_size):
-            tile_offset = member * num_stages * _TILE_BYTES
             if team_size > 1:
                 barrier = self.team_barriers + stage * 8 + member * num_stages * 8
                 hw.mbarrier_wait(barrier, parity)
                 team_exchange = exchange + self.team * (team_size * fragment_bytes)
+                theirs = member * fragment_bytes
                 fragments = [
-                    hw.load_shared(team_exchange, member * fragment_bytes + n * 256, words=2)
+                    hw.load_shared(team_exchange, theirs + n * block_bytes, words=words)
                     for n in blocks
                 ]
-            tile = self.team_rows + stage * _TILE_BYTES
-            scale_rows = tile + self.c * (2 * _ROW) + self.member * (4 * groups)
-            scales = [
-                hw.load_shared_f32(
-                    scale_rows, tile_offset + token * _ROW + _SCALES_OFFSET, words=groups
-                )
-                for token in (0, 1, 8, 9)
-            ]
-            # Lane -> address of a row of one of the four 8 x 8 matrices of [16 tokens, 32 bytes].
-            matrix_rows = (
-                tile
-                + (self.lane & 15) * _ROW
-                + (self.lane >> 4) * 16
-                + self.member * (layout.KV_LORA_RANK // team_size)
-            )
-            for group in range(groups):
-                low, high = (
-                    hw.f16x2(
-                        scales[2 * r][group] * inverse_scale,
-                        scales[2 * r + 1][group] * inverse_scale,
-                    )
-                    for r in range(2)
-                )
-                scaled = [
-                    [hw.multiply_f16x2(b[0], low), hw.multiply_f16x2(b[1], high)] for b in fragments
-                ]
-                for quarter in range(4):
-                    # Bytes of a loaded register: token t dims d, d+1; token t+1 dims d, d+1. The
-                    # permutation brings the tokens of one dim side by side.
-                    bytes_ = hw.load_matrices_transposed(
-                        matrix_rows, tile_offset + 128 * group + 32 * quarter
-                    )
-                    for k in range(2):
-                        a0, a1 = hw.e4m3x4_to_f16x2(hw.permute_bytes(bytes_[2 * k], 0x3120))
-                        a2, a3 = hw.e4m3x4_to_f16x2(hw.permute_bytes(bytes_[2 * k + 1], 0x3120))
-                        block = 8 * group + 2 * quarter + k
-                        acc[block] = [
-                            hw.mma_m16n8k16(acc[block][n], [a0, a1, a2, a3], scaled[n], "f16")
-                            for n in blocks
-                        ]
-        return state._replace(acc=acc)
+            tile = self.team_rows + stage * tiling.tile_bytes
+            offset = member * num_stages * tiling.tile_bytes
+            state = self.add_values(state, fragments, tile, offset)
+        return state
 
     # ---- merge: the CTA's warps into one output
 
-    def merge(self, state: _State) -> None:
+    def merge(self, state: State) -> None:
         """Adds the teams' outputs, applies the softmax's denominator, stores out and lse."""
         tiling = self.tiling
         blocks = range(tiling.head_blocks)
@@ -598,7 +550,7 @@ class WarpAttention(CtaAttention):
                 hw.store_shared(stats + self.warp * stats_bytes, [m0, l0, m1, l1], n * 64)
         hw.cta_sync()
 
-        undo_headroom = hw.as_f32(state.scale) * 2.0 ** (-2 * _HEADROOM)
+        unit = self.output_unit(state)
         factors = []
         for n in blocks:
             warps = [
@@ -621,7 +573,7 @@ class WarpAttention(CtaAttention):
                     normalizer = denominator + hw.exp2(sink * hw.LOG2_E - maximum)
                 inverse = hw.select(denominator > 0.0, hw.reciprocal(normalizer), hw.f32(0.0))
                 own = hw.exp2(state.maxima[n][h] - maximum)
-                factors[n].append(own * inverse * undo_headroom)
+                factors[n].append(own * inverse * unit)
 
         # Output fragments [team, dim block, block, lane, 16 bytes], over the raw rows: every
         # copy has landed and been read before the barrier above.
@@ -648,11 +600,10 @@ class WarpAttention(CtaAttention):
                 other = hw.load_shared_f32(address, team * team_bytes)
                 total = [a + b for a, b in zip(total, other, strict=True)]
             n, block = fragment % tiling.head_blocks, fragment // tiling.head_blocks
-            # Rows g and g + 8 of the fragment are dims 2 g and 2 g + 1 of the block.
-            dim = block * DIM_BLOCK + self.g * 2
-            for h in range(2):
+            dim_in_block, pairs = self.dim_pairs(total)
+            dim = block * DIM_BLOCK + dim_in_block
+            for h, pair in enumerate(pairs):
                 column = self.first_column + n * HEAD_BLOCK + self.c * 2 + h
-                pair = [total[h], total[2 + h]]
                 if self.num_columns % tiling.head_tile:
                     with hw.when(column < self.num_columns):
                         self.store_out(column, dim, pair)
@@ -686,17 +637,17 @@ class WarpAttention(CtaAttention):
         hw.cta_sync()
 
         blocks, zero = tiling.head_blocks, hw.f32(0.0)
-        state = _State(
+        state = State(
             acc=[
                 [[zero] * 4 for _ in range(blocks)] for _ in range(_DIM_BLOCKS // tiling.team_size)
             ],
             maxima=[[hw.f32(_NO_MAXIMUM)] * 2 for _ in range(blocks)],
             sums=[[zero] * 2 for _ in range(blocks)],
-            scale=hw.u32(_SMALLEST_SCALE_EXPONENT << 23),
+            scale=self.smallest_scale(),
             masks=masks,
         )
 
-        def one_round(t: Reg, state: _State) -> _State:
+        def one_round(t: Reg, state: State) -> State:
             use = first_round + t
             stage, parity = use % tiling.num_stages, use // tiling.num_stages & 1
             mask, *in_flight = state.masks

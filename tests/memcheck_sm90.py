@@ -34,7 +34,7 @@ SHAPES = (
     (100, (64, 2, 3, 3), 700),
 )
 
-# heads, q_len, (head_tile, num_ctas, num_warpgroups)
+# heads, q_len, (head_tile, num_ctas, num_warpgroups, num_stages)
 DENSE_SHAPES = (
     (8, 1, (8, 132, 1)),
     (5, 1, (8, 3, 2)),
@@ -43,6 +43,14 @@ DENSE_SHAPES = (
     (20, 2, (32, 5, 2)),
     (64, 1, (64, 5, 3, 3)),
     (50, 2, (64, 2, 3, 3)),
+)
+BF16_DENSE_SHAPES = (
+    (8, 1, (8, 132, 1, 2)),
+    (5, 1, (8, 3, 2, 1)),
+    (16, 1, (16, 40, 2, 1)),
+    (12, 2, (24, 7, 1, 2)),
+    (20, 2, (32, 5, 2, 1)),
+    (50, 2, (32, 2, 1, 1)),
 )
 
 
@@ -66,20 +74,25 @@ def main() -> None:
         jax.block_until_ready((out, lse))
         print(f"{heads} heads, {config}: done", flush=True)
     lens = jnp.array([560, 0, 3, 200, -1, 10**6], jnp.int32)
-    for heads, q_len, config in DENSE_SHAPES:
+    bf16_cache = jnp.asarray(rng.normal(size=(10, 61, 576)), jnp.bfloat16)
+    dense = [
+        *(("fp8_ds_mla", cache, *shape) for shape in DENSE_SHAPES),
+        *(("bfloat16", bf16_cache, *shape) for shape in BF16_DENSE_SHAPES),
+    ]
+    for kv_cache_format, pages, heads, q_len, config in dense:
         if head_tiles and config[0] not in head_tiles:
             continue
         out, lse = dense_decode_sm90(
             jnp.asarray(rng.normal(size=(6, q_len, heads, 576)), jnp.bfloat16),
-            cache,
+            pages,
             jnp.asarray(rng.integers(-1, 11, (6, 10)), jnp.int32),
             lens,
             sm_scale=0.1,
             attn_sink=jnp.ones(heads),
-            config=DenseDecodeConfig(*config),
+            config=DenseDecodeConfig(*config, kv_cache_format=kv_cache_format),
         )
         jax.block_until_ready((out, lse))
-        print(f"dense, {heads} heads, {q_len=}, {config}: done", flush=True)
+        print(f"dense, {kv_cache_format}, {heads} heads, {q_len=}, {config}: done", flush=True)
     if head_tiles:
         return
     slots = jnp.array([0, -1, 609, 610, 5, 2**31 - 1, -7], jnp.int32)

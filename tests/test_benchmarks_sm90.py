@@ -93,7 +93,8 @@ def test_draws_the_plot_from_the_results_alone(tmp_path):
     dense = {"op": "dense", "heads": 16, "batch": 8, "kv_len": 2048, "lengths": "equal"}
     dense |= {"us": 10.0, "end_to_end_us": 11.0, "flashmla_us": 16.7, "bytes": 10**7}
     results = tmp_path / "results.json"
-    for shown in (rows, [*rows, dense, dense | {"lengths": "log-uniform"}]):
+    bfloat16 = dense | {"kv_cache_format": "bfloat16"}
+    for shown in (rows, [*rows, dense, bfloat16, dense | {"lengths": "log-uniform"}]):
         report = {"device": "test", "ceilings": {"read_TBps": 3.0}, "rows": shown}
         results.write_text(json.dumps(report))
         assert plot.draw(results).stat().st_size > 1000

@@ -111,7 +111,12 @@ def test_by_default_hopper_attends_and_writes_with_kernels_alone():
     decode = jax.jit(lambda q, cache: mla_decode(q[:, None], cache, table, lens, sm_scale=0.07))
     assert kernels_in(decode, q, cache)[0] == 2  # attention and merge
     assert kernels_in(decode, q.astype(jnp.float32), cache)[0] == 0
-    assert kernels_in(decode, q, operands("bfloat16")[-2])[0] == 0
+    assert kernels_in(decode, q, operands("bfloat16")[-2])[0] == 2
+    assert kernels_in(decode, q.astype(jnp.float32), operands("bfloat16")[-2])[0] == 0
+    assert kernels_in(decode, q, LatentCache.init(4, 64, format="float32"))[0] == 0
+    # 576 values a row as well, but not the kernel's.
+    other = LatentCache.init(4, 64, kv_lora_rank=448, qk_rope_head_dim=128, format="bfloat16")
+    assert kernels_in(decode, q, other)[0] == 0
 
 
 @pytest.mark.gpu

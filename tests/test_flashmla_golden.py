@@ -1,4 +1,6 @@
-"""FlashMLA's own outputs on an H100, through the XLA implementation."""
+"""FlashMLA's own outputs on an H100: through the XLA implementation, and from the same bytes
+through the dense kernel.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +76,13 @@ def test_dense_decode(name, op):
     assert_attention_close(
         out.reshape(data["out"].shape), lse.reshape(data["lse"].shape), data["out"], data["lse"]
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", DENSE_DECODE)
+def test_dense_decode_by_the_kernel_over_the_same_bfloat16_cache(name):
+    data = load_flashmla(name)
+    arrays = (jnp.asarray(data[k]) for k in ("q", "kv_cache", "block_table", "cache_seqlens"))
+    options = {"sm_scale": data["sm_scale"], "return_lse": True}
+    out, lse = mla_decode(*arrays, **options, implementation="mosaic_gpu")
+    assert_attention_close(out, lse, data["out"], data["lse"])
