@@ -1,7 +1,7 @@
 """Times every kernel on the GPU, prints a table, writes the JSON and the plot that README shows.
 
     python3 -m benchmarks                 # all rows -> results/h100.json and results/h100.png
-    python3 -m benchmarks --only sparse   # rows of one kind, into the file that is there
+    python3 -m benchmarks --only sparse --heads 64 128   # some rows, into the file that is there
     python3 -m benchmarks --plot-only     # the plot again, from the JSON; needs no GPU
 
 The plot needs matplotlib. The JSON is replaced when all rows are measured; until then, and after a
@@ -30,7 +30,7 @@ import os
 import pathlib
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -404,37 +404,48 @@ def cache_write_row(tokens: int) -> Row:
     }
 
 
-def all_rows() -> Iterator[tuple[str, Callable[[], Row]]]:
-    def sparse(heads: int, tokens: int, pool_tokens: int, with_xla: bool) -> Callable[[], Row]:
-        return functools.partial(sparse_row, heads, tokens, pool_tokens, with_xla=with_xla)
+class Planned(NamedTuple):
+    """A row to be measured."""
 
-    def decode(heads: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    kind: str
+    heads: int | None
+    measure: Callable[[], Row]
+
+
+def all_rows() -> Iterator[Planned]:
+    def sparse(heads: int, tokens: int, pool_tokens: int, with_xla: bool) -> Planned:
+        arguments = (heads, tokens, pool_tokens)
+        return Planned("sparse", heads, lambda: sparse_row(*arguments, with_xla=with_xla))
+
+    def decode(heads: int) -> Iterator[Planned]:
         for tokens in SPARSE_BATCHES[heads]:
-            with_xla = tokens in XLA_BATCHES.get(heads, ())
-            yield "sparse", sparse(heads, tokens, POOL_TOKENS, with_xla)
+            yield sparse(heads, tokens, POOL_TOKENS, tokens in XLA_BATCHES.get(heads, ()))
+
+    def dense(heads: int, q_len: int, lens: list[int], name: str, **options: Any) -> Planned:
+        arguments = (heads, q_len, lens, name)
+        return Planned("dense", heads, lambda: dense_row(*arguments, **options))
 
     for heads in (8, 16, 64, 128):
         yield from decode(heads)
-        yield "sparse", sparse(heads, PREFILL_TOKENS, PREFILL_POOL_TOKENS, heads == 8)
-    dense: tuple[tuple[layout.KVCacheFormat, Any], ...] = (
+        yield sparse(heads, PREFILL_TOKENS, PREFILL_POOL_TOKENS, heads == 8)
+    formats: tuple[tuple[layout.KVCacheFormat, Any], ...] = (
         ("fp8_ds_mla", DENSE_SHAPES),
         ("bfloat16", DENSE_BFLOAT16_SHAPES),
     )
-    for kv_cache_format, shapes in dense:
-        for heads, q_len, batch, kv_len in shapes:
-            with_xla = (heads, q_len, batch, kv_len) in DENSE_WITH_XLA
-            options = {"with_xla": with_xla, "kv_cache_format": kv_cache_format}
-            arguments = (heads, q_len, [kv_len] * batch, "equal")
-            yield "dense", functools.partial(dense_row, *arguments, **options)
+    for kv_cache_format, shapes in formats:
+        for shape in shapes:
+            heads, q_len, batch, kv_len = shape
+            options = {"with_xla": shape in DENSE_WITH_XLA, "kv_cache_format": kv_cache_format}
+            yield dense(heads, q_len, [kv_len] * batch, "equal", **options)
     uneven = uneven_lengths()
     mean = sum(uneven) // len(uneven)
     for lens, name in ((uneven, "log-uniform"), ([mean] * len(uneven), "their mean")):
-        yield "dense", functools.partial(dense_row, 16, 1, lens, name, with_xla=False)
+        yield dense(16, 1, lens, name, with_xla=False)
     for tokens in CACHE_WRITE_TOKENS:
-        yield "cache_write", functools.partial(cache_write_row, tokens)
+        yield Planned("cache_write", None, functools.partial(cache_write_row, tokens))
     for padded in layout.HEAD_TILES:
         for tokens in PADDING_TOKENS:
-            yield "padding", functools.partial(padding_row, 8, padded, tokens)
+            yield Planned("padding", 8, functools.partial(padding_row, 8, padded, tokens))
     for heads in (24, 32):
         yield from decode(heads)
 
@@ -505,31 +516,42 @@ def current_commit() -> str:
     return result.stdout.strip()
 
 
-def merge(previous: Row, rows: list[Row], kind: str) -> list[Row]:
-    """`rows` of one kind in the place of those that `previous` has of it.
+_IDENTITY = (
+    *("op", "kv_cache_format", "heads", "padded_to", "batch", "q_len", "kv_len", "lengths"),
+    "pool_tokens",
+)
+
+
+def merge(previous: Row, rows: list[Row]) -> list[Row]:
+    """`rows`, and those of `previous` that are not among them.
 
     Rows that stay keep the commit and the date of their own run.
     """
     run = {key: previous[key] for key in ("commit", "date") if key in previous}
-    kept = [run | row for row in previous["rows"] if row["op"] != kind]
-    return sorted(kept + rows, key=lambda row: KINDS.index(row["op"]))
+    measured = {tuple(map(row.get, _IDENTITY)) for row in rows}
+    kept = [run | row for row in previous["rows"] if tuple(map(row.get, _IDENTITY)) not in measured]
+
+    def order(row: Row) -> tuple[int, int]:
+        return KINDS.index(row["op"]), row.get("heads", 0)
+
+    return sorted(kept + rows, key=order)
 
 
 def is_complete(rows: list[Row]) -> bool:
-    planned = collections.Counter(kind for kind, _ in all_rows())
+    planned = collections.Counter(row.kind for row in all_rows())
     return collections.Counter(row["op"] for row in rows) == planned
 
 
 def measure_rows(
-    planned: Iterable[tuple[str, Callable[[], Row]]],
+    planned: Iterable[Planned],
     header: Row,
     ceilings: dict[str, float],
     output: pathlib.Path,
-    only: str | None = None,
+    only: Callable[[Planned], bool] | None = None,
 ) -> Row:
     """Measures, prints and writes; `output` is replaced at the end, in one step.
 
-    With `only`, rows of other kinds that `output` has stay in it.
+    With `only`, the other rows that `output` has stay in it.
     """
     previous = None
     if only and output.exists():
@@ -544,11 +566,11 @@ def measure_rows(
         partial.write_text(json.dumps(report, indent=1) + "\n")
 
     print(format_row(None), flush=True)
-    for kind, measure in planned:
-        if only in (None, kind):
-            measured.append(complete(measure(), ceilings))
+    for row in planned:
+        if only is None or only(row):
+            measured.append(complete(row.measure(), ceilings))
             print(format_row(measured[-1]), flush=True)
-            report["rows"] = merge(previous, measured, only) if previous and only else measured
+            report["rows"] = merge(previous, measured) if previous else measured
             write()
     report["complete"] = is_complete(report["rows"])
     write()
@@ -558,7 +580,8 @@ def measure_rows(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--only", choices=KINDS, help="rows of this kind")
+    parser.add_argument("--heads", type=int, nargs="+", help="rows of these numbers of heads")
     parser.add_argument("--output", type=pathlib.Path, default=HERE / "results" / "h100.json")
     parser.add_argument("--commit", default=None, help="recorded in the JSON; default: git's HEAD")
     parser.add_argument("--plot-only", action="store_true")
@@ -579,7 +602,14 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
         "ceilings": {name: round(value, 3) for name, value in ceilings.items()},
     }
-    report = measure_rows(all_rows(), header, ceilings, options.output, options.only)
+
+    def chosen(row: Planned) -> bool:
+        return options.only in (None, row.kind) and (
+            not options.heads or row.heads in options.heads
+        )
+
+    only = chosen if options.only or options.heads else None
+    report = measure_rows(all_rows(), header, ceilings, options.output, only)
     if not any(row["op"] == "sparse" for row in report["rows"]):
         return
     if importlib.util.find_spec("matplotlib"):

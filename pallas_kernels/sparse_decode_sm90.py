@@ -34,7 +34,6 @@ from pallas_kernels.cta_attention_sm90 import CtaAttention
 from pallas_kernels.fp8_warp_attention_sm90 import Fp8WarpAttention
 from pallas_kernels.hopper import Reg
 from pallas_kernels.warp_attention_sm90 import (
-    CTA_HEAD_TILES,
     HEAD_BLOCK,
     TOKEN_TILE,
 )
@@ -93,14 +92,15 @@ class SparseAttentionConfig(TiledConfig):
 def default_config(tokens: int, num_heads: int, topk: int) -> SparseAttentionConfig:
     """What measured, or is estimated to be, fastest for these shapes on an H100.
 
-    Up to 32 heads share a CTA of `WarpAttention`. More take CTAs of 64, except where so few tokens
-    are there that the shorter start of smaller groups counts (64 heads, 1 token: 10.7 us against
-    11.1; 8 tokens: 21.7 against 16.3).
+    Up to 24 heads take one CTA of `WarpAttention`, more take CTAs of 64. 32 heads, 1 / 8 / 32 /
+    64 / 128 tokens and prefill of 2,048: 10.0 / 13.9 / 29.1 / 48.4 / 79.0 / 1,083 us in CTAs of 64,
+    10.5 / 16.5 / 37.7 / 60.2 / 91.5 / 1,302 in CTAs of 32. 24 heads: 76.8 and 76.3 for 128 tokens.
     """
-    candidates = _few_heads_configs(tokens, num_heads, topk)
-    if num_heads > CTA_HEAD_TILES[-1]:
+    if num_heads <= LARGEST_FEW_HEADS:
+        candidates = _few_heads_configs(tokens, num_heads, topk)
+    else:
         wide = WarpgroupTiling()
-        candidates += [
+        candidates = [
             SparseAttentionConfig(COLUMNS, num_splits, wide.num_warpgroups, wide.num_stages)
             for num_splits in _SPLITS
             if (num_splits - 1) * TILE < topk
@@ -108,13 +108,15 @@ def default_config(tokens: int, num_heads: int, topk: int) -> SparseAttentionCon
     return min(candidates, key=lambda config: estimated_us(config, tokens, num_heads, topk))
 
 
+LARGEST_FEW_HEADS = 24
+"""More heads take CTAs of 64 by default."""
+
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 def _few_heads_configs(tokens: int, num_heads: int, topk: int) -> list[SparseAttentionConfig]:
-    groups = -(-num_heads // CTA_HEAD_TILES[-1])
-    head_tile = -(-num_heads // groups // HEAD_BLOCK) * HEAD_BLOCK
-    if tokens * groups >= 4 * hw.NUM_SMS:
+    head_tile = -(-num_heads // HEAD_BLOCK) * HEAD_BLOCK
+    if tokens >= 4 * hw.NUM_SMS:
         # Many waves: no splits, whose partial results would only take memory. Two small CTAs on an
         # SM hide each other's start and end (2,048 tokens, 8 heads: 593 us against 658).
         small = SparseAttentionConfig(head_tile, num_warpgroups=1)
@@ -129,7 +131,7 @@ def _few_heads_configs(tokens: int, num_heads: int, topk: int) -> list[SparseAtt
 
 
 def estimated_us(config: SparseAttentionConfig, tokens: int, num_heads: int, topk: int) -> float:
-    """Time on an H100 by models fitted to measured configurations, mostly within 10%."""
+    """Time on an H100 by models fitted to measured configurations, mostly within 15%."""
     if config.is_wide:
         return _estimated_wide_us(config, tokens, num_heads, topk)
     return _estimated_few_heads_us(config, tokens, num_heads, topk)
@@ -138,9 +140,9 @@ def estimated_us(config: SparseAttentionConfig, tokens: int, num_heads: int, top
 def _estimated_wide_us(
     config: SparseAttentionConfig, tokens: int, num_heads: int, topk: int
 ) -> float:
-    """A CTA takes a fixed time and a time per tile, waves follow each other; 10 measurements."""
+    """A CTA takes a fixed time and a time per tile, waves follow each other; 15 measurements."""
     waves = -(-tokens * -(-num_heads // COLUMNS) * config.num_splits // hw.NUM_SMS)
-    attend_us = waves * (8.0 + 2.6 * -(-topk // (config.num_splits * TILE)))
+    attend_us = waves * (7.0 + 2.4 * -(-topk // (config.num_splits * TILE)))
     if config.num_splits == 1:
         return attend_us
     partial_bytes = 2.0 * tokens * num_heads * config.num_splits * layout.KV_LORA_RANK

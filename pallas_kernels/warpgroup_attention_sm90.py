@@ -265,7 +265,7 @@ class WarpgroupAttention(CtaAttention):
         """Sets up the mbarriers; every thread."""
         with hw.when(self.thread.eq(0)):
             for stage in range(STAGES):
-                hw.mbarrier_init(self.rows_full + 8 * stage, 4)
+                hw.mbarrier_init(self.rows_full + 8 * stage, 4 * hw.WARP)
                 hw.mbarrier_init(self.rows_free + 8 * stage, _COMPUTE_WARPS * hw.WARP)
             for owner in range(2):
                 hw.mbarrier_init(self.weights_full + 8 * owner, 4 * hw.WARP)
@@ -306,6 +306,9 @@ class WarpgroupAttention(CtaAttention):
                 barrier=self.rows_full + stage * 8,
                 rows_per_copy=self.rows_per_copy,
             )
+            # Lane 0 has arrived; the others do, so that each releases the zeros that it stored.
+            with hw.when(self.lane.ne(0)):
+                hw.mbarrier_arrive(self.rows_full + stage * 8)
             return next_slot
 
         hw.for_loop(num_tiles, self.load_slot(0), one_tile)

@@ -18,7 +18,7 @@ from pallas_kernels import (
     warpgroup_attention_sm90,
 )
 from pallas_kernels.hopper import NUM_SMS
-from pallas_kernels.sparse_decode_sm90 import CTA_HEAD_TILES, default_config
+from pallas_kernels.sparse_decode_sm90 import LARGEST_FEW_HEADS, default_config
 from tests import oracle
 from tests.helpers import assert_attention_close, load_flashmla
 
@@ -209,8 +209,8 @@ def test_default_config_fits_the_shapes(heads):
     ):
         config = default_config(tokens, heads, topk)
         groups = -(-heads // config.head_tile)
-        largest = CTA_HEAD_TILES[-1] if config.head_tile <= CTA_HEAD_TILES[-1] else 64
-        assert groups == -(-heads // largest), "no head group more than the heads need"
+        assert config.is_wide == (heads > LARGEST_FEW_HEADS)
+        assert groups == -(-heads // 64), "no head group more than the heads need"
         # A split without a single key only costs time.
         assert config.num_splits == 1 or (config.num_splits - 1) * config.tokens_per_round < topk
         if tokens * groups >= 4 * NUM_SMS:
@@ -220,7 +220,14 @@ def test_default_config_fits_the_shapes(heads):
 @pytest.mark.parametrize(
     ("heads", "tokens", "expected"),
     [
-        *((64, 1, (32, 32)), (64, 8, (64, 16)), (64, 32, (64, 4)), (64, 64, (64, 2))),
+        *(
+            (32, 1, (64, 32)),
+            (32, 128, (64, 1)),
+            (64, 1, (64, 32)),
+            (64, 8, (64, 16)),
+            (64, 32, (64, 4)),
+            (64, 64, (64, 2)),
+        ),
         *((64, 128, (64, 1)), (64, 2048, (64, 1)), (128, 64, (64, 1)), (128, 128, (64, 1))),
     ],
 )
