@@ -292,7 +292,13 @@ def test_the_decode_step_lowers_for_hopper_with_the_kernels(tensor_parallel):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ["deepseek_v32_dsa", "glm_moe_dsa"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("deepseek_v3", "deepseek_v3_yarn", "deepseek_v2_style_no_q_lora"),
+        *("deepseek_v32_dsa", "glm_moe_dsa"),
+    ],
+)
 def test_the_kernels_decode_the_tokens_that_xla_decodes(case):
     """Step by step from the same state, FP8 cache included; bfloat16 weights, one GPU.
 
