@@ -28,7 +28,7 @@ Roofline (H100)
 --------
 Memory: 0.214 ns a row for the whole GPU at 3.06 TB/s, 2.8 us for a round of 128 rows on every SM;
 the compute of 128 rows is 2.4 us with 8 columns (measured for the sparse kernel), 5.2 with 32 and
-5.0 with 64. A bfloat16 row costs 0.376 ns, a round of 128 rows 6.4 us.
+4.4 with 64. A bfloat16 row costs 0.376 ns, a round of 128 rows 6.4 us.
 """
 
 import dataclasses

@@ -4,17 +4,17 @@ For one query token, all its heads, and the cache rows that `topk_indices` names
 
     s = sm_scale * q . [kv_c, k_pe]      out = softmax(s) @ kv_c      lse = log(sum(exp(s)))
 
-A CTA takes (token, head group, split of the keys). With up to 32 heads it runs `WarpAttention`, in
-groups of 8 to 32; with more, `WarpgroupAttention`, in groups of 64. Layout, numerics and budgets
-are described there; with more than one split, `combine_sm90` merges. This file says which rows a
-warp takes, and how the work is divided.
+A CTA takes (token, head group, split of the keys). With up to 24 heads it runs `WarpAttention`, with
+more `WarpgroupAttention`, in groups of 64. Layout, numerics and budgets are described there; with
+more than one split, `combine_sm90` merges. This file says which rows a warp takes, and how the work
+is divided.
 
 Roofline (H100)
 --------
 Memory binds up to 64 heads. A kernel that only gathers random 656-byte rows reaches 2.40 TB/s, 0.27
 ns a row for the whole GPU: 68 to 72 us for 128 tokens x 2,048 keys, where 8 heads take 68 and 64
-heads 99. The compute of 8 heads is 2.4 us per 128 rows and SM (rows in L2) against about 4.3 us for
-memory, that of 32 or 64 heads 5.2. At 1 to 8 tokens latency binds: with few heads a start of 1.2
+heads 90. The compute of 8 heads is 2.4 us per 128 rows and SM (rows in L2) against about 4.3 us for
+memory, that of 64 heads 4.4. At 1 to 8 tokens latency binds: with few heads a start of 1.2
 us, a round of 1.7, the merge of a CTA's warps 1.1, the second kernel 1.5 to 2.
 """
 

@@ -57,8 +57,8 @@ Numbers
 Budgets
 -------
 240 registers a thread of the computing warpgroups (`setmaxnreg`): 128 for O^T, 32 for S^T, 32 for
-the operands of two chunks of scores in flight or 64 for a tile's values, the rest addresses and
-state; 24 for gathering. No spills in the sparse kernel. Shared memory in bytes:
+the operands of two chunks of scores or two k-steps of values in flight, 8 or 12 for what is read
+ahead, the rest addresses and state; 24 for gathering. No spills. Shared memory in bytes:
 
     queries 9 x 64 x 128               73,728
     P, token scales 2 x 9,216          18,432
@@ -69,17 +69,18 @@ state; 24 for gathering. No spills in the sparse kernel. Shared memory in bytes:
 Roofline (H100)
 --------
 A tile of 64 rows is 2,176 cycles of tensor work, 1.3 us, and 2.2 us of random rows for every SM.
-Measured: a start of about 8 us, then 2.5 us a tile. Cycles per two tiles of a warpgroup, where rows
-are in L2: scores 2,750 (1,152 of MMAs), softmax 1,050, publishing P 640, waiting for rows 660 and
-for the other warpgroup 300; values 2 x (1,280 + 230 of waiting), 512 of MMAs each.
+Measured: 2.2 us a tile in prefill, its share of start and end included, with rows from L2. Alone on
+an SM, one warpgroup's scores (8 chunks) take 1,425 cycles, 1,077 of them MMAs, and a tile's values
+1,038, 559 of them MMAs; two at once take 2,280 and 1,333, near the tensor cores' rate. What is left
+is where both wait: exponentials, hand-overs, and ceilings that are raised (`benchmarks/README.md`).
 
 Form
 ----
 As in `warp_attention_sm90`, the loop is inline. Forms that were tried: one warpgroup for all scores
 and two for the values (2.7 us a tile: the scores' chain of conversions, MMAs and exponentials is
-not overlapped with itself), and one accumulator per 128 dims of the scores, as there (3.0 us: it
-takes the registers that let conversions run beside MMAs). Plain orientation with a dequantizing
-warpgroup: 133 us against 93 for 128 tokens.
+not overlapped with itself), one accumulator per 128 dims of the scores, as there (3.0 us: it takes
+the registers that let conversions run beside MMAs), and weights before the values of the tile
+before (2.5 us). Plain orientation with a dequantizing warpgroup: 133 us for 128 tokens.
 """
 
 import dataclasses
