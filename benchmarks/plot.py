@@ -49,7 +49,7 @@ def draw(results: pathlib.Path) -> pathlib.Path:
         axis.grid(alpha=0.3)
     if dense:
         _draw_dense(axes[-1], dense, report["ceilings"]["read_TBps"])
-        axes[-1].legend(loc="upper left", fontsize="small")
+        axes[-1].legend(loc="lower right", fontsize="small")
     axes[0].set_ylabel("microseconds")
     axes[len(HEADS) - 1].legend(loc="upper left", fontsize="small")
     figure.suptitle(f"MLA decode, FP8 cache unless stated, {report['device']}")
