@@ -4,10 +4,10 @@ For one query token, all its heads, and the cache rows that `topk_indices` names
 
     s = sm_scale * q . [kv_c, k_pe]      out = softmax(s) @ kv_c      lse = log(sum(exp(s)))
 
-A CTA takes (token, head group, split of the keys). With up to 24 heads it runs `WarpAttention`, with
-more `WarpgroupAttention`, in groups of 64. Layout, numerics and budgets are described there; with
-more than one split, `combine_sm90` merges. This file says which rows a warp takes, and how the work
-is divided.
+A CTA takes (token, head group, split of the keys). Up to 24 heads it runs `WarpAttention`, above
+`WarpgroupAttention` in groups of 64. Layout, numerics and budgets are described there; with more
+than one split, `combine_sm90` merges. This file says which rows a warp takes, and how the work is
+divided.
 
 Roofline (H100)
 --------
