@@ -56,8 +56,8 @@ U32, U64, F32 = np.uint32, np.uint64, np.float32
 LANES = np.arange(WARP, dtype=U32)
 # Not 0, so that addresses that lack their base are out of bounds; global ones need 64 bits.
 SMEM_BASE, GMEM_BASE = 1024, 1 << 40
-# Between arrays in global memory: more than any access has.
-GUARD_BYTES = 1024
+# Between arrays in global memory: more than any access takes.
+GUARD_BYTES = 1 << 14
 UNMAPPED, READ_ONLY, WRITE_ONLY = range(3)
 NAN_BYTE = 0xFF
 
@@ -99,9 +99,9 @@ class Reg:
 
     def shift(self, other, function):
         distance = self.operand(other)
-        active = running().active
-        if np.any((distance >= 8 * self.value.dtype.itemsize) & active.lanes):
-            raise EmulationError(f"{self.type} register shifted by {np.max(distance)}")
+        too_far = distance >= 8 * self.value.dtype.itemsize
+        if too_far.any() and (too_far & running().active.lanes).any():
+            raise EmulationError(f"{self.type} register shifted by {distance}")
         return Reg(function(self.value, distance))
 
     def __add__(self, other):
@@ -367,19 +367,19 @@ class Memory:
         self.data, self.base, self.access = data, base, access
 
     def place(self, address, num_bytes, alignment, access):
-        """Where int64 addresses lie in `data`; they are checked."""
+        """Where int64 addresses lie in `data`; they are checked. `alignment` is a power of two."""
+        if (address & (alignment - 1)).any():
+            raise EmulationError(f"an address in {address} is not a multiple of {alignment}")
         start = address - self.base
-        if np.any(address % alignment):
-            raise EmulationError(f"address {address[address % alignment != 0][0]:#x} is misaligned")
-        outside = (start < 0) | (start + num_bytes > len(self.data))
-        if not outside.any() and self.access is not None:
+        outside = start.min() < 0 or start.max() + num_bytes > len(self.data)
+        if not outside and self.access is not None:
             # Arrays lie farther apart than any access is long.
-            outside = self.access[start] != access
-            outside |= self.access[start + num_bytes - 1] != access
-        if outside.any():
+            ends = self.access[start], self.access[start + (num_bytes - 1)]
+            outside = (ends[0] != access).any() or (ends[1] != access).any()
+        if outside:
             raise EmulationError(
-                f"{np.max(num_bytes)} bytes at {address[outside][0]:#x} are out of bounds, or not"
-                " for this kind of access"
+                f"{num_bytes} bytes at an address in {address - self.base} are out of bounds, or"
+                " not for this kind of access"
             )
         return start
 
@@ -394,12 +394,14 @@ def lane_places(memory, address, offset, num_bytes, access):
 def load(memory, address, offset, words, dtype):
     warp = running()
     warp.pause()
-    result = np.stack([poison(dtype)] * words)
-    if warp.active.any:
-        start = lane_places(memory, address, offset, 4 * words, READ_ONLY)
-        data = memory.data.view(dtype)[(start >> 2) + np.arange(words)[:, None]]
-        result[:, warp.active.lanes] = data
-    return [Reg(x) for x in result]
+    if not warp.active.any:
+        return [Reg(poison(dtype))] * words
+    start = lane_places(memory, address, offset, 4 * words, READ_ONLY)
+    result = memory.data.view(dtype)[(start >> 2) + np.arange(words)[:, None]]
+    if not warp.active.all:
+        loaded, result = result, np.array([poison(dtype)] * words)
+        result[:, warp.active.lanes] = loaded
+    return list(map(Reg, result))
 
 
 def store(memory, address, offset, values):
@@ -410,8 +412,9 @@ def store(memory, address, offset, values):
         return np.zeros((0, 0), np.int64)
     num_bytes = 4 * len(values)
     start = lane_places(memory, address, offset, num_bytes, WRITE_ONLY)
-    data = np.stack([x.value.view(U32) for x in values], axis=1)[warp.active.lanes]
-    memory.data.view(U32)[(start >> 2)[:, None] + np.arange(len(values))] = data
+    data = np.array([x.value.view(U32) for x in values])
+    data = data if warp.active.all else data[:, warp.active.lanes]
+    memory.data.view(U32)[(start >> 2) + np.arange(len(values))[:, None]] = data
     return start[:, None] + np.arange(num_bytes)
 
 
@@ -432,6 +435,7 @@ def primitive(function):
 
 
 @primitive
+@functools.cache
 def u32(value):
     return Reg(full(int(value) % (1 << 32), U32))
 
@@ -550,12 +554,12 @@ def f32x4_to_e4m3(a, b, c, d):
 
 @primitive
 def f16x2(low, high):
-    return packed(np.stack([low.value, high.value], axis=1), np.float16)
+    return packed(np.array([low.value, high.value]).T, np.float16)
 
 
 @primitive
 def bf16x2(low, high):
-    return packed(np.stack([low.value, high.value], axis=1), ml_dtypes.bfloat16)
+    return packed(np.array([low.value, high.value]).T, ml_dtypes.bfloat16)
 
 
 @primitive
@@ -712,7 +716,7 @@ def transpose_matrix(x):
 
 
 def stacked(registers):
-    return np.stack([x.value for x in registers])
+    return np.array([x.value for x in registers])
 
 
 def floats(registers, dtype):
