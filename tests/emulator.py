@@ -368,6 +368,8 @@ class Memory:
 
     def place(self, address, num_bytes, alignment, access):
         """Where int64 addresses lie in `data`; they are checked. `alignment` is a power of two."""
+        if not address.size:
+            return address
         if (address & (alignment - 1)).any():
             raise EmulationError(f"an address in {address} is not a multiple of {alignment}")
         start = address - self.base
