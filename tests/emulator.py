@@ -468,11 +468,6 @@ def maximum_u32(a, b):
 
 
 @primitive
-def recomputed(x):
-    return Reg(x.value)
-
-
-@primitive
 def thread_index():
     return Reg(LANES + U32(running().index * WARP))
 
@@ -482,64 +477,62 @@ def warp_index():
     return u32(running().index)
 
 
-@primitive
-def fma(a, b, c):
-    return Reg((a.value.astype(np.float64) * b.value + c.value).astype(F32))
-
-
-@primitive
-def multiply(a, b):
-    return Reg(a.value * b.value)
-
-
-@primitive
-def maximum(a, b):
-    return Reg(np.fmax(a.value, b.value))
-
-
-@primitive
-def divide(a, b):
-    return Reg(a.value / b.value)
-
-
 def flushed(x):
     """Without subnormal numbers."""
     return np.where(np.abs(x) < np.finfo(F32).smallest_normal, np.copysign(F32(0), x), x)
 
 
-@primitive
-def exp2(x):
-    return Reg(flushed(np.exp2(flushed(x.value))))
-
-
-@primitive
-def log2(x):
-    return Reg(np.log2(flushed(x.value)))
-
-
-@primitive
-def reciprocal(x):
-    return Reg(flushed(F32(1) / flushed(x.value)))
-
-
-@primitive
-def as_f32(bits):
-    return Reg(bits.value.view(F32))
-
-
-@primitive
-def as_u32(x):
-    return Reg(x.value.view(U32))
-
-
 def packed(pairs, dtype):
     """[32, 2] -> one register of both."""
-    return Reg(np.ascontiguousarray(pairs.astype(dtype)).view(U32)[:, 0])
+    return np.ascontiguousarray(pairs.astype(dtype)).view(U32)[:, 0]
 
 
 def unpacked(x, dtype):
     """float32 [32, 2] of the 16-bit numbers in a register."""
-    return x.value.view(np.uint16).view(dtype).astype(F32).reshape(WARP, 2)
+    return x.view(np.uint16).view(dtype).astype(F32).reshape(WARP, 2)
+
+
+def pack(dtype):
+    return lambda low, high: packed(np.array([low, high]).T, dtype)
+
+
+def multiply_pairs(dtype):
+    return lambda a, b: packed(unpacked(a, dtype) * unpacked(b, dtype), dtype)
+
+
+def to_e4m3(*values):
+    clipped = np.clip(np.stack(values, axis=1), -448, 448)
+    return clipped.astype(ml_dtypes.float8_e4m3fn).view(U32)[:, 0]
+
+
+# From values to the value of a register, lane by lane.
+LANEWISE = {
+    "u64": lambda x: x.astype(U64),
+    "recomputed": lambda x: x,
+    "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(F32),
+    "multiply": np.multiply,
+    "maximum": np.fmax,
+    "divide": np.divide,
+    "exp2": lambda x: flushed(np.exp2(flushed(x))),
+    "log2": lambda x: np.log2(flushed(x)),
+    "reciprocal": lambda x: flushed(F32(1) / flushed(x)),
+    "as_f32": lambda x: x.view(F32),
+    "as_u32": lambda x: x.view(U32),
+    "f32x4_to_e4m3": to_e4m3,
+    "f16x2": pack(np.float16),
+    "bf16x2": pack(ml_dtypes.bfloat16),
+    "multiply_f16x2": multiply_pairs(np.float16),
+    "multiply_bf16x2": multiply_pairs(ml_dtypes.bfloat16),
+    "maximum_u16x2": lambda a, b: np.maximum(a.view(np.uint16), b.view(np.uint16)).view(U32),
+    "population_count": lambda x: np.bitwise_count(x).astype(U32),
+}
+
+
+def lanewise(function):
+    return lambda *operands: Reg(function(*[x.value for x in operands]))
+
+
+PRIMITIVES |= {name: lanewise(function) for name, function in LANEWISE.items()}
 
 
 @primitive
@@ -549,48 +542,10 @@ def e4m3x4_to_f16x2(x):
 
 
 @primitive
-def f32x4_to_e4m3(a, b, c, d):
-    values = np.clip(np.stack([x.value for x in (a, b, c, d)], axis=1), -448, 448)
-    return Reg(values.astype(ml_dtypes.float8_e4m3fn).view(U32)[:, 0])
-
-
-@primitive
-def f16x2(low, high):
-    return packed(np.array([low.value, high.value]).T, np.float16)
-
-
-@primitive
-def bf16x2(low, high):
-    return packed(np.array([low.value, high.value]).T, ml_dtypes.bfloat16)
-
-
-@primitive
-def multiply_f16x2(a, b):
-    return packed(unpacked(a, np.float16) * unpacked(b, np.float16), np.float16)
-
-
-@primitive
-def multiply_bf16x2(a, b):
-    bf16 = ml_dtypes.bfloat16
-    return packed(unpacked(a, bf16) * unpacked(b, bf16), bf16)
-
-
-@primitive
-def maximum_u16x2(a, b):
-    return Reg(np.maximum(a.value.view(np.uint16), b.value.view(np.uint16)).view(U32))
-
-
-@primitive
 def permute_bytes(x, selector):
-    chosen = [selector >> 4 * i & 3 for i in range(4)]
-    return Reg(
-        np.ascontiguousarray(x.value.view(np.uint8).reshape(WARP, 4)[:, chosen]).view(U32)[:, 0]
-    )
-
-
-@primitive
-def population_count(x):
-    return Reg(np.bitwise_count(x.value).astype(U32))
+    source = x.value.view(np.uint8).reshape(WARP, 4)
+    chosen = source[:, [selector >> 4 * i & 3 for i in range(4)]]
+    return Reg(np.ascontiguousarray(chosen).view(U32)[:, 0])
 
 
 # Refs are addresses here.
