@@ -19,8 +19,8 @@ What raises, or shows in the results:
 - what was never written: shared memory, outputs and registers of inactive lanes hold 0xFF bytes,
   NaN in every format, and so does the destination of a copy that has not landed;
 - `wgmma`: accumulators that are read before `wgmma_wait`; operands in shared memory that change
-  between issue and wait (a warp reads its share at one or the other); warps of a warpgroup that do
-  not issue the same;
+  between issue and wait: a warp reads them for its rows at one or the other, and does not wait for
+  the other warps of its warpgroup, which must issue the same;
 - ordinary stores that an asynchronous operation meets without `fence_async_proxy` by the warp that
   stored;
 - mbarriers: too many arrivals, bytes that do not add up, phases that nobody completes; named
@@ -176,8 +176,9 @@ def full(value, dtype):
     return np.full(WARP, value, dtype)
 
 
-def poison(dtype):
-    return np.full(WARP * np.dtype(dtype).itemsize, NAN_BYTE, np.uint8).view(dtype)
+def poison(dtype, shape=(WARP,)):
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    return np.full(num_bytes, NAN_BYTE, np.uint8).view(dtype).reshape(shape)
 
 
 # ----------------------------------------------------------------------------- warps and a CTA
@@ -401,7 +402,7 @@ def load(memory, address, offset, words, dtype):
     start = lane_places(memory, address, offset, 4 * words, READ_ONLY)
     result = memory.data.view(dtype)[(start >> 2) + np.arange(words)[:, None]]
     if not warp.active.all:
-        loaded, result = result, np.array([poison(dtype)] * words)
+        loaded, result = result, poison(dtype, (words, WARP))
         result[:, warp.active.lanes] = loaded
     return list(map(Reg, result))
 
@@ -437,7 +438,7 @@ def primitive(function):
 
 
 @primitive
-@functools.cache
+@functools.lru_cache(4096)
 def u32(value):
     return Reg(full(int(value) % (1 << 32), U32))
 
@@ -445,11 +446,6 @@ def u32(value):
 @primitive
 def f32(value):
     return Reg(full(value, F32))
-
-
-@primitive
-def u64(value):
-    return Reg(value.value.astype(U64))
 
 
 @primitive
@@ -604,10 +600,8 @@ def load_matrices_transposed(row_address, offset=0):
         return [Reg(poison(U32))] * 4
     warp.pause()
     places = matrix_rows(row_address, offset)[..., None] // 2 + np.arange(8)
-    matrices = warp.cta.smem.data.view(np.uint16)[places]
-    return list(
-        map(Reg, np.ascontiguousarray(matrices.transpose(0, 2, 1)).view(U32).reshape(4, WARP))
-    )
+    matrices = warp.cta.smem.data.view(np.uint16)[places].transpose(0, 2, 1)
+    return list(map(Reg, np.ascontiguousarray(matrices).view(U32).reshape(4, WARP)))
 
 
 @primitive
@@ -723,12 +717,11 @@ class Accumulator:
 def accumulator(registers):
     if not registers:
         return Accumulator(np.zeros((16, 64), F32))
-    if isinstance(registers[0], InFlight):
-        acc = registers[0].accumulator
-        if any(r.accumulator is not acc or r.index != i for i, r in enumerate(registers)):
-            raise EmulationError("wgmma on registers of several accumulators")
-        return acc
-    return Accumulator(c_matrix(registers))
+    if not isinstance(registers[0], InFlight):
+        return Accumulator(c_matrix(registers))
+    acc = registers[0].accumulator
+    assert [(acc, i) for i in range(32)] == [(r.accumulator, r.index) for r in registers]
+    return acc
 
 
 # [column, byte]: 16 columns of a swizzled row of 128 bytes, whose address bits 4-6 are to meet 7-9.
@@ -775,8 +768,8 @@ def wgmma_m64n64k16(accumulators, b, steps, dtype):
     warp.num_wgmmas += 1
     warp.groups.append(group)
     if warp.cta.random.random() < 0.5:  # read now, or when the group is waited for
-        for group in warp.groups:
-            group.run()
+        for unfinished in warp.groups:
+            unfinished.run()
     return [[InFlight(acc, i) for i in range(32)] for acc in group.accumulators]
 
 
@@ -933,7 +926,7 @@ def when(condition):
 
 
 def branch(condition, function, otherwise):
-    """`function()` for the lanes of the condition, `otherwise` for the others; None if all are."""
+    """`function()` for the condition's lanes, `otherwise` for others; None if it holds in none."""
     with when(condition):
         lanes = running().active
         if not lanes.any:
@@ -1008,53 +1001,44 @@ class Device:
         self.pallas_kernel = plgpu.kernel
         self.axis_index = jax.lax.axis_index
 
-    def kernel(self, body, *, out_type=(), scratch_types=(), grid=(), num_threads=None, **options):
+    def kernel(self, body, **options):
         """Stands in for `plgpu.kernel`, but leaves what is to be interpreted to Pallas."""
-        if options.get("interpret") is not None:
-            kernel = self.pallas_kernel(
-                body,
-                out_type=out_type,
-                scratch_types=scratch_types,
-                grid=grid,
-                num_threads=num_threads,
-                **options,
-            )
+        if options.get("interpret") is None:
+            return lambda *operands: self.launch(body, operands, **options)
 
-            def interpreted(*operands):
-                with jax.disable_jit(False):
-                    return jax.jit(kernel)(*operands)
+        def interpreted(*operands):
+            with jax.disable_jit(False):
+                return jax.jit(self.pallas_kernel(body, **options))(*operands)
 
-            return interpreted
+        return interpreted
 
-        def launch(*operands):
-            types = [out_type] if hasattr(out_type, "shape") else list(out_type)
-            outputs = [
-                np.full(math.prod(t.shape) * t.dtype.itemsize, NAN_BYTE, np.uint8)
-                .view(t.dtype)
-                .reshape(t.shape)
-                for t in types
-            ]
-            inputs = [x.array if isinstance(x, MutableRef) else np.asarray(x) for x in operands]
-            is_input = [not isinstance(x, MutableRef) for x in operands] + [False] * len(outputs)
-            arrays = [*inputs, *outputs]
-            addresses = self.allocate(arrays, is_input)
-            smem = np.cumsum([0] + [math.prod(s.shape) for s in scratch_types])
-            refs = [*addresses, *(SMEM_BASE + int(offset) for offset in smem[:-1])]
-            programs = list(range(math.prod(grid)))
-            self.random.shuffle(programs)
-            num_warps = 4 * (num_threads or 1)
-            with ThreadPoolExecutor(num_warps) as pool:
-                for program in programs:
-                    Cta(self, program, num_warps, int(smem[-1])).run(lambda: body(*refs), pool)
-            for array, address, given in zip(arrays, addresses, is_input, strict=True):
-                if not given:
-                    start = address - GMEM_BASE
-                    data = self.gmem.data[start : start + array.nbytes]
-                    array[...] = data.view(array.dtype).reshape(array.shape)
-            results = [jnp.asarray(x) for x in outputs]
-            return results[0] if hasattr(out_type, "shape") else results
+    def launch(
+        self, body, operands, *, out_type=(), scratch_types=(), grid=(), num_threads=1, **options
+    ):
+        """Runs all CTAs, in any order; `options` are the compiler's, and names."""
+        del options
+        types = jax.tree.leaves(out_type)
+        outputs = [poison(t.dtype, t.shape) for t in types]
+        inputs = [x.array if isinstance(x, MutableRef) else np.asarray(x) for x in operands]
+        is_input = [not isinstance(x, MutableRef) for x in operands] + [False] * len(outputs)
+        arrays = [*inputs, *outputs]
+        addresses = self.allocate(arrays, is_input)
+        *scratch, smem_bytes = np.cumsum([0] + [math.prod(s.shape) for s in scratch_types]).tolist()
+        refs = [*addresses, *(SMEM_BASE + offset for offset in scratch)]
 
-        return launch
+        programs = list(range(math.prod(grid)))
+        self.random.shuffle(programs)
+        num_warps = 4 * num_threads
+        with ThreadPoolExecutor(num_warps) as pool:
+            for program in programs:
+                Cta(self, program, num_warps, smem_bytes).run(lambda: body(*refs), pool)
+
+        for array, address, given in zip(arrays, addresses, is_input, strict=True):
+            if not given:
+                start = address - GMEM_BASE
+                data = self.gmem.data[start : start + array.nbytes]
+                array[...] = data.view(array.dtype).reshape(array.shape)
+        return jax.tree.unflatten(jax.tree.structure(out_type), map(jnp.asarray, outputs))
 
     def allocate(self, arrays, is_input):
         """Puts arrays into global memory; returns their addresses."""
