@@ -16,6 +16,7 @@ from pallas_kernels import (
     dense_decode_sm90,
     sparse_attention_sm90,
 )
+from pallas_kernels.warpgroup_attention_sm90 import WarpgroupAttention
 from tests import oracle
 from tests import test_dense_decode_sm90 as dense
 from tests import test_sparse_decode_sm90 as sparse
@@ -108,6 +109,14 @@ def test_growing_scores_in_any_interleaving(config):
     assert_bitwise_equal(
         [sparse.check(q, cache, indices, config=config, seed=seed) for seed in range(4)]
     )
+
+
+@pytest.mark.parametrize("barrier", ["warpgroup_sync", "wait_for_rows"])
+def test_without_one_of_its_barriers_the_kernel_fails(monkeypatch, barrier):
+    """So the schedules that the tests try are good for something."""
+    monkeypatch.setattr(WarpgroupAttention, barrier, lambda self, *_: None)
+    with pytest.raises(AssertionError):
+        test_growing_scores_in_any_interleaving(sparse.WIDE)
 
 
 @pytest.mark.parametrize("config", [FEW, sparse.WIDE], ids=sparse.config_id)
