@@ -194,12 +194,11 @@ def test_gpu_agrees_with_the_model(kind, batch):
         check_plan(WorkSplit(batch, 131_072, 128, num_ctas, cost), lens)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch", [2, 33, 1025])
+@pytest.mark.parametrize(
+    ("kind", "batch"), [("edges", 2), ("equal", 31), ("one long", 33), ("edges", 1025)]
+)
 def test_emulator_agrees_with_the_model(kind, batch):
-    lens = random_lengths(np.random.default_rng([batch, len(kind)]), batch, kind) // (
-        1 + batch // 8
-    )
+    lens = random_lengths(np.random.default_rng([batch, len(kind)]), batch, kind)
     with emulated():
         check_plan(WorkSplit(batch, 131_072, 128, 5, 1), lens)
 
