@@ -21,7 +21,7 @@ from tests import oracle
 from tests import test_dense_decode_sm90 as dense
 from tests import test_sparse_decode_sm90 as sparse
 from tests.emulator import emulated
-from tests.helpers import random_latents
+from tests.helpers import assert_attention_close, load_flashmla, random_latents
 
 FEW = SparseAttentionConfig(8)
 
@@ -97,6 +97,17 @@ def test_sparse_attention(heads, topk, config):
     sparse.check(*arguments, **options, config=config)
 
 
+@pytest.mark.parametrize(
+    ("name", "heads", "config"),
+    [
+        ("sparse_decode_h64", None, sparse.WIDE),
+        ("sparse_decode_h64_page61_invalid", 8, FEW),
+    ],
+)
+def test_flashmla_s_own_outputs(name, heads, config):
+    sparse.test_flashmla_s_own_outputs(name, heads, config)
+
+
 @pytest.mark.parametrize("config", [FEW, sparse.WIDE], ids=sparse.config_id)
 def test_growing_scores_in_any_interleaving(config):
     """Keys sorted by score: every tile outgrows the maxima, and warps wait for each other most."""
@@ -168,6 +179,13 @@ def test_dense_decode(heads, q_len, lens, page_size, config):
     sink = jnp.asarray(rng.normal(size=heads) * 3 + 2, jnp.float32)
     q = dense.random_queries(rng, len(lens), q_len, heads)
     dense.check(q, cache, table, lens, attn_sink=sink, config=config)
+
+
+def test_flashmla_s_own_dense_outputs():
+    data = load_flashmla("dense_decode_h16_causal")
+    arrays = (data[name] for name in ("kv_cache", "block_table", "cache_seqlens"))
+    out, lse = run_dense(jnp.asarray(data["q"]), *arrays, sm_scale=data["sm_scale"])
+    assert_attention_close(out, lse, data["out"], data["lse"])
 
 
 @pytest.mark.parametrize(
