@@ -184,7 +184,9 @@ def test_dense_decode(heads, q_len, lens, page_size, config):
 def test_flashmla_s_own_dense_outputs():
     data = load_flashmla("dense_decode_h16_causal")
     arrays = (data[name] for name in ("kv_cache", "block_table", "cache_seqlens"))
-    out, lse = run_dense(jnp.asarray(data["q"]), *arrays, sm_scale=data["sm_scale"])
+    config = DenseDecodeConfig(32, 1, 2, 1, 1, "bfloat16")
+    q = jnp.asarray(data["q"])
+    out, lse = run_dense(q, *arrays, sm_scale=data["sm_scale"], config=config)
     assert_attention_close(out, lse, data["out"], data["lse"])
 
 
