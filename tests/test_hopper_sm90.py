@@ -1,5 +1,7 @@
 """Every primitive of `pallas_kernels.hopper` does what its docstring says in plain terms."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,6 +10,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper as hw
+from tests.emulator import emulated
 
 LANES = np.arange(32)
 G, C = LANES // 4, LANES % 4
@@ -116,6 +119,7 @@ def arithmetic(smem, x, y, a, b):
         hw.multiply(a, b),
         hw.multiply_f16x2(hw.f16x2(a * 0.01, b), hw.f16x2(b, b * 0.01)),
         hw.multiply_bf16x2(hw.bf16x2(a, b), hw.bf16x2(b, b)),
+        hw.recomputed(x) + y,
     ]
 
 
@@ -154,6 +158,7 @@ def arithmetic_plain():
             bits(a * b),
             products(small(a), b, b, small(b), dtype=np.float16),
             products(a, b, b, b, dtype=ml_dtypes.bfloat16),
+            x + y,
         ]
 
 
@@ -308,13 +313,21 @@ def test_lowers(case):
     assert "mosaic_gpu" in text
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param(contextlib.nullcontext, id="gpu", marks=pytest.mark.gpu),
+        pytest.param(emulated, id="emulated"),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
-def test_computes_its_plain_form(case):
+def test_computes_its_plain_form(case, machine):
+    """On a GPU; and on the emulator, which is held to the same meaning."""
     function, plain, inputs = CASES[case]
     expected = plain()
-    kernel, operands = on_a_warp(function, len(expected), *inputs)
-    actual = np.asarray(jax.jit(kernel)(*operands)).view(np.uint32)
+    with machine():
+        kernel, operands = on_a_warp(function, len(expected), *inputs)
+        actual = np.asarray(jax.jit(kernel)(*operands)).view(np.uint32)
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         if case == "warpgroup_mma" or (
             case == "matrices" and i < 4

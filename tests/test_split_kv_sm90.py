@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper as hw
 from pallas_kernels.split_kv_sm90 import WorkSplit, merge_segments_sm90
 from tests import oracle
+from tests.emulator import emulated
 from tests.helpers import assert_attention_close
 
 FIELDS = ("request", "first_unit", "num_units", "first_round", "final", "slot")
@@ -171,28 +172,38 @@ def test_lowers(batch):
     assert text.count("custom_call @mosaic_gpu") == 1
 
 
+def check_plan(split, lens):
+    """The segments that the device finds are the model's."""
+    segments, expected_owners = model(split, lens)
+    most = 1 + max(s[3] for cta in segments for s in cta) if any(segments) else 1
+    call = jax.jit(lambda x: recorded(split, x, most))
+    out, owners = map(np.asarray, call(jnp.asarray(lens, jnp.int32)))
+    for cta, expected in enumerate(segments):
+        found = [tuple(map(int, s)) for s in out[cta] if s[0] >= 0]
+        assert found == expected
+    for request, owner in expected_owners.items():
+        assert tuple(owners[request]) == owner
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", BATCHES[::2])
 def test_gpu_agrees_with_the_model(kind, batch):
     lens = random_lengths(np.random.default_rng([batch, len(kind)]), batch, kind)
     for num_ctas, cost in ((132, 1), (7, 0)):
-        split = WorkSplit(batch, 131_072, 128, num_ctas, cost)
-        segments, expected_owners = model(split, lens)
-        most = 1 + max(s[3] for cta in segments for s in cta) if any(segments) else 1
-        call = jax.jit(lambda x, split=split, most=most: recorded(split, x, most))
-        out, owners = map(np.asarray, call(jnp.asarray(lens, jnp.int32)))
-        for cta, expected in enumerate(segments):
-            found = [tuple(map(int, s)) for s in out[cta] if s[0] >= 0]
-            assert found == expected
-        for request, owner in expected_owners.items():
-            assert tuple(owners[request]) == owner
+        check_plan(WorkSplit(batch, 131_072, 128, num_ctas, cost), lens)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("columns", [1, 16, 48])
-@pytest.mark.parametrize("with_sink", [False, True])
-def test_merging_segments_equals_attending_to_the_whole(columns, with_sink):
+@pytest.mark.parametrize(
+    ("kind", "batch"), [("edges", 2), ("equal", 31), ("one long", 33), ("edges", 1025)]
+)
+def test_emulator_agrees_with_the_model(kind, batch):
+    lens = random_lengths(np.random.default_rng([batch, len(kind)]), batch, kind)
+    with emulated():
+        check_plan(WorkSplit(batch, 131_072, 128, 5, 1), lens)
+
+
+def check_merge(columns, with_sink):
     """Sequences of 0, 1, 2, 3 and 70 segments; what no segment wrote is NaN."""
     rng = np.random.default_rng(columns)
     lens = np.asarray([0, 128, 250, 384, 70 * 128 - 5], np.int32)
@@ -222,3 +233,16 @@ def test_merging_segments_equals_attending_to_the_whole(columns, with_sink):
     arguments = [x if x is None else jnp.asarray(x) for x in arguments]
     actual = jax.jit(merge_segments_sm90)(*arguments)
     assert_attention_close(*actual, *(np.stack(x) for x in zip(*expected, strict=True)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [1, 16, 48])
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_merging_segments_equals_attending_to_the_whole(columns, with_sink):
+    check_merge(columns, with_sink)
+
+
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_merging_segments_on_the_emulator_equals_attending_to_the_whole(with_sink):
+    with emulated():
+        check_merge(1, with_sink)
