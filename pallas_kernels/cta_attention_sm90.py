@@ -7,6 +7,7 @@ rows, where queries lie and where results go is the kernel's that derives from o
 
 import abc
 import math
+from collections.abc import Iterator
 
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
@@ -101,11 +102,16 @@ class CtaAttention(abc.ABC):
         ]
 
 
-def query_scales(pieces: list[list[Reg]]) -> tuple[Reg, Reg]:
-    """The power of two that brings a query to float16's range, and its inverse.
+def scale_query(pieces: list[list[Reg]], exists: Reg) -> tuple[Iterator[list[Reg]], Reg]:
+    """Brings a query to float16's range by a power of two.
 
     Args:
-      pieces: the query's bfloat16 pairs, over the lanes of a warp.
+      pieces: the query's bfloat16 pairs, over the lanes of a warp; the last piece is RoPE.
+      exists: whether there is such a column; others become zeros.
+
+    Returns:
+      The pieces times the power, float16 pairs, RoPE bfloat16; computed as they are taken. And the
+      power's inverse.
     """
     largest = hw.u32(0)
     for piece in pieces:
@@ -114,7 +120,16 @@ def query_scales(pieces: list[list[Reg]]) -> tuple[Reg, Reg]:
     largest = hw.reduce_max_u32(hw.maximum_u32(largest & 0xFFFF, largest >> 16))
     exponent = hw.maximum_u32(largest >> 7, _LARGEST_QUERY_EXPONENT + 1)
     power = hw.as_f32((2 * 127 + _LARGEST_QUERY_EXPONENT - exponent) << 23)
-    return power, hw.as_f32((exponent - _LARGEST_QUERY_EXPONENT) << 23)
+    undo = hw.as_f32((exponent - _LARGEST_QUERY_EXPONENT) << 23)
+    power = hw.select(exists, power, hw.f32(0.0))
+
+    def scaled() -> Iterator[list[Reg]]:
+        for part, piece in enumerate(pieces):
+            pack = hw.bf16x2 if part == len(pieces) - 1 else hw.f16x2
+            pairs = map(hw.bf16x2_to_f32, piece)
+            yield [pack(low * power, high * power) for low, high in pairs]
+
+    return scaled(), undo
 
 
 def copy_rows(

@@ -24,7 +24,7 @@ import functools
 
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
-from pallas_kernels.cta_attention_sm90 import query_scales
+from pallas_kernels.cta_attention_sm90 import scale_query
 from pallas_kernels.hopper import Reg
 from pallas_kernels.warp_attention_sm90 import (
     HEAD_BLOCK,
@@ -60,19 +60,12 @@ class Fp8WarpAttention(WarpAttention):
         for i, pieces in enumerate(loaded):
             column = self.warp + i * tiling.num_warps  # within the tile
             exists = self.first_column + column < self.num_columns
-            power, undo = query_scales(pieces)
-            power = hw.select(exists, power, hw.f32(0.0))
+            scaled, undo = scale_query(pieces, exists)
             block = self.smem + self.at.queries + (column // HEAD_BLOCK) * QUERY_BYTES
             column_offset = (column % HEAD_BLOCK) * 64
-            for part, piece in enumerate(pieces):
-                is_rope = part == 2
-                pack = hw.bf16x2 if is_rope else hw.f16x2
-                words = []
-                for word in piece:
-                    low, high = hw.bf16x2_to_f32(word)
-                    words.append(pack(low * power, high * power))
+            for part, words in enumerate(scaled):
                 # Piece j holds dims 8 j .. 8 j + 7.
-                if is_rope:
+                if part == 2:  # RoPE
                     j = self.lane & 7
                     unit, piece_lane = (j & 1) + (QUERY_UNITS - 2), j >> 1
                 else:

@@ -90,7 +90,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
-from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention, copy_rows, query_scales
+from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention, copy_rows, scale_query
 from pallas_kernels.hopper import Reg, WgmmaStep
 from pallas_kernels.warp_attention_sm90 import WarpTiling
 
@@ -357,17 +357,10 @@ class WarpgroupAttention(CtaAttention):
         16-byte piece 2 s + h of Q's row takes one word of each of four lanes: a 4 x 4 transpose.
         """
         exists = self.first_column + column < self.num_columns
-        power, undo = query_scales(pieces)
-        power = hw.select(exists, power, hw.f32(0.0))
+        scaled, undo = scale_query(pieces, exists)
         row = self.smem + _SMEM.queries + column * 128
-        for part, piece in enumerate(pieces):
-            is_rope = part == 2
-            pack = hw.bf16x2 if is_rope else hw.f16x2
-            words = []
-            for word in piece:
-                low, high = hw.bf16x2_to_f32(word)
-                words.append(pack(low * power, high * power))
-            if is_rope:  # lane = 2 c + half
+        for part, words in enumerate(scaled):
+            if part == 2:  # RoPE; lane = 2 c + half
                 words = self.transpose_words(words, 2)
                 c, upper, chunk = self.lane >> 1 & 3, self.lane & 1, hw.u32(_CHUNKS - 1)
             else:  # lane = 16 group + 4 c + 2 half + upper
