@@ -69,10 +69,11 @@ ahead, the rest addresses and state; 24 for gathering. No spills. Shared memory 
 Roofline (H100)
 --------
 A tile of 64 rows is 2,176 cycles of tensor work, 1.3 us, and 2.2 us of random rows for every SM.
-Measured: 2.2 us a tile in prefill, its share of start and end included, with rows from L2. Alone on
-an SM, one warpgroup's scores (8 chunks) take 1,425 cycles, 1,077 of them MMAs, and a tile's values
+Measured: 2.2 us a tile in prefill with rows from L2, its share of start and end included; 2.5 with
+larger scores, where about every third tile raises ceilings (`benchmarks/README.md`). Alone on an
+SM, one warpgroup's scores (8 chunks) take 1,425 cycles, 1,077 of them MMAs, and a tile's values
 1,038, 559 of them MMAs; two at once take 2,280 and 1,333, near the tensor cores' rate. What is left
-is where both wait: exponentials, hand-overs, and ceilings that are raised (`benchmarks/README.md`).
+is where both wait: exponentials, hand-overs, ceilings.
 
 Form
 ----
