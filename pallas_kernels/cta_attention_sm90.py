@@ -89,6 +89,30 @@ class CtaAttention(abc.ABC):
     def store_out(self, column: Reg, dim: Reg, pair: list[Reg]) -> None:
         """Stores the column's output at `dim` and `dim + 1`."""
 
+    # ---- what they share
+
+    def validity(self, slot: Reg) -> tuple[Reg, Reg]:
+        """Whether this lane's slot lies in the cache (0 or 1), and the warp's mask of it.
+
+        One unsigned comparison refuses -1, other negative numbers and slots beyond the end.
+        """
+        inside = slot < min(self.num_slots, 2**31)
+        return hw.select(inside, hw.u32(1), hw.u32(0)), hw.ballot(inside)
+
+    def load_query(self, column: Reg) -> list[list[Reg]]:
+        """A column of the CTA: 8 dims per 16 bytes and lane, of the latent twice, then of RoPE.
+
+        72 pieces: two per lane, and lanes 0-7 a third; the others repeat one harmlessly.
+        """
+        row = self.query_address(hw.minimum(self.first_column + column, self.num_columns - 1))
+        address = hw.element_address(row, self.lane, 16)
+        last = hw.element_address(row, self.lane & 7, 16)
+        return [
+            hw.load_global(address, words=4),
+            hw.load_global(address, 512, words=4),
+            hw.load_global(last, 1024, words=4),
+        ]
+
     def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
         """Scores `[block][4]` of the warp's rows of round t, -inf for keys that are not seen.
 

@@ -45,17 +45,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
 from pallas_kernels.bf16_warp_attention_sm90 import Bf16WarpAttention
-from pallas_kernels.cta_attention_sm90 import CtaAttention
+from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention
 from pallas_kernels.fp8_warp_attention_sm90 import Fp8WarpAttention
 from pallas_kernels.hopper import Reg
 from pallas_kernels.split_kv_sm90 import Segment, WorkSplit, merge_segments_sm90
-from pallas_kernels.warp_attention_sm90 import (
-    CTA_HEAD_TILES,
-    HEAD_BLOCK,
-    TOKEN_TILE,
-    WarpAttention,
-    WarpTiling,
-)
+from pallas_kernels.warp_attention_sm90 import CTA_HEAD_TILES, HEAD_BLOCK, WarpAttention
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
     TiledConfig,
@@ -105,14 +99,6 @@ class DenseDecodeConfig(TiledConfig):
                 f" rows do not fit into shared memory; take one of {CTA_HEAD_TILES}"
             )
         _ = self.tiling  # checks the rest
-
-    @property
-    def tiling(self) -> WarpTiling | WarpgroupTiling:
-        if self.is_wide:
-            return super().tiling
-        return WarpTiling(
-            self.head_tile, self.num_warpgroups, self.num_stages, self.kv_cache_format
-        )
 
 
 MAX_CTAS = 1024
@@ -196,7 +182,7 @@ class _Sequences(CtaAttention):
             smem=hw.shared_address(refs["smem"]),
             kv_cache=self.address["kv_cache"],
             num_slots=problem.num_pages * problem.page_size,
-            rows_per_copy=math.gcd(problem.page_size, TOKEN_TILE),
+            rows_per_copy=math.gcd(problem.page_size, ROW_TILE),
             num_columns=problem.num_columns,
             first_column=self.group * config.head_tile,
             sm_scale=problem.sm_scale,
@@ -205,12 +191,12 @@ class _Sequences(CtaAttention):
     def tile_start(self, t: Reg | int) -> Reg:
         """Position of the first key of the warp's t-th tile."""
         unit = self.segment.first_unit + t
-        return (unit * self.config.tiling.row_warps + self.row_warp) * TOKEN_TILE
+        return (unit * self.config.tiling.row_warps + self.row_warp) * ROW_TILE
 
     def load_slot(self, t: Reg | int) -> Reg:
         """The page table's entry; nothing where the key or the page does not exist."""
         problem = self.problem
-        position = self.tile_start(t) + (self.lane & (TOKEN_TILE - 1))
+        position = self.tile_start(t) + (self.lane & (ROW_TILE - 1))
         number = hw.minimum(position // problem.page_size, problem.pages_per_seq - 1)
         row = hw.element_address(
             self.address["page_indices"], self.segment.request, 4 * problem.pages_per_seq
@@ -244,7 +230,7 @@ class _Sequences(CtaAttention):
                     result[n].append(hw.select(seen, x, hw.f32(-math.inf)))
             return result
 
-        touched = start + (TOKEN_TILE + problem.q_len - 1) > self.segment.kv_len
+        touched = start + (ROW_TILE + problem.q_len - 1) > self.segment.kv_len
         return hw.cond(touched, causal, scores)
 
     def query_address(self, column: Reg) -> Reg:

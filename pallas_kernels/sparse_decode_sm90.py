@@ -30,13 +30,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
 from pallas_kernels.combine_sm90 import merge_partials_sm90
-from pallas_kernels.cta_attention_sm90 import CtaAttention
+from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention
 from pallas_kernels.fp8_warp_attention_sm90 import Fp8WarpAttention
 from pallas_kernels.hopper import Reg
-from pallas_kernels.warp_attention_sm90 import (
-    HEAD_BLOCK,
-    TOKEN_TILE,
-)
+from pallas_kernels.warp_attention_sm90 import HEAD_BLOCK
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
     TILE,
@@ -245,7 +242,7 @@ class _Keys(CtaAttention):
         tile = (
             t * self.config.num_splits + self.split
         ) * self.config.tiling.row_warps + self.row_warp
-        position = tile * TOKEN_TILE + (self.lane & (TOKEN_TILE - 1))
+        position = tile * ROW_TILE + (self.lane & (ROW_TILE - 1))
         row = hw.element_address(self.address["indices"], self.token, 4 * self.problem.topk)
         address = hw.element_address(row, hw.minimum(position, self.problem.topk - 1), 4)
         (slot,) = hw.load_global(address)

@@ -101,9 +101,6 @@ from pallas_kernels import layout
 from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention, copy_rows
 from pallas_kernels.hopper import Reg
 
-TOKEN_TILE = ROW_TILE
-"""Cache rows that a warp works on at a time: the M of its MMAs."""
-
 HEAD_BLOCK = 8
 """Query columns per MMA: its N."""
 
@@ -208,7 +205,7 @@ class WarpTiling:
     @property
     def tile_bytes(self) -> int:
         """Bytes of a tile in shared memory."""
-        return TOKEN_TILE * self.row_stride
+        return ROW_TILE * self.row_stride
 
     @property
     def weight_terms(self) -> int:
@@ -218,7 +215,7 @@ class WarpTiling:
     @property
     def tokens_per_round(self) -> int:
         """Keys that the CTA takes per iteration of its main loop."""
-        return TOKEN_TILE * self.num_warps
+        return ROW_TILE * self.num_warps
 
     @property
     def smem_bytes(self) -> int:
@@ -359,18 +356,10 @@ class WarpAttention(CtaAttention):
             hw.fence_async_proxy()
         hw.warp_sync()
 
-    def validity(self, slot: Reg) -> tuple[Reg, Reg]:
-        """Whether this lane's slot lies in the cache (0 or 1), and the warp's mask of it.
-
-        One unsigned comparison refuses -1, other negative numbers and slots beyond the end.
-        """
-        inside = slot < min(self.num_slots, 2**31)
-        return hw.select(inside, hw.u32(1), hw.u32(0)), hw.ballot(inside)
-
     def gather(self, slot: Reg, stage: Reg, valid: Reg, mask: Reg) -> None:
         """Starts copying the tile's rows, see `copy_rows`; one by one if there are gaps between."""
         tiling = self.tiling
-        row = (self.lane & (TOKEN_TILE - 1)) * tiling.row_stride
+        row = (self.lane & (ROW_TILE - 1)) * tiling.row_stride
         is_dense = tiling.row_stride == tiling.row_bytes
         copy_rows(
             self.kv_cache,
@@ -388,23 +377,8 @@ class WarpAttention(CtaAttention):
     def load_queries(self) -> list[list[list[Reg]]]:
         """This warp's columns (warp, warp + num_warps, ...), 8 dims per 16 bytes and lane."""
         tiling = self.tiling
-        loaded = []
-        for i in range(-(-tiling.head_tile // tiling.num_warps)):
-            column = hw.minimum(
-                self.first_column + self.warp + i * tiling.num_warps, self.num_columns - 1
-            )
-            row = self.query_address(column)
-            address = hw.element_address(row, self.lane, 16)
-            # 72 pieces: two per lane, and lanes 0-7 a third; the others repeat one harmlessly.
-            last = hw.element_address(row, self.lane & 7, 16)
-            loaded.append(
-                [
-                    hw.load_global(address, words=4),
-                    hw.load_global(address, 512, words=4),
-                    hw.load_global(last, 1024, words=4),
-                ]
-            )
-        return loaded
+        columns_per_warp = -(-tiling.head_tile // tiling.num_warps)
+        return [self.load_query(self.warp + i * tiling.num_warps) for i in range(columns_per_warp)]
 
     # ---- softmax: running maximum and scale, rescaling, weights
 

@@ -211,6 +211,7 @@ class TiledConfig:
     head_tile: int
     num_warpgroups: int
     num_stages: int
+    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla"
 
     @property
     def is_wide(self) -> bool:
@@ -220,13 +221,20 @@ class TiledConfig:
     @property
     def tiling(self) -> WarpTiling | WarpgroupTiling:
         """How a CTA divides its work."""
-        kind = WarpgroupTiling if self.is_wide else WarpTiling
-        return kind(self.head_tile, self.num_warpgroups, self.num_stages)
+        fields = self.head_tile, self.num_warpgroups, self.num_stages
+        if self.is_wide:
+            return WarpgroupTiling(*fields)
+        return WarpTiling(*fields, self.kv_cache_format)
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of one CTA."""
         return self.tiling.smem_bytes
+
+
+def _inverse_power(bits: Reg) -> Reg:
+    """2**6 over a power of two, which is given by its bits."""
+    return hw.as_f32(((2 * 127 + _VALUE_HEADROOM) << 23) - bits)
 
 
 class WarpgroupAttention(CtaAttention):
@@ -295,14 +303,13 @@ class WarpgroupAttention(CtaAttention):
             stage, use = tile % STAGES, tile // STAGES
             with hw.when(use > 0):
                 hw.mbarrier_wait(self.rows_free + stage * 8, (use - 1) & 1)
-            inside = slot < min(self.num_slots, 2**31)
-            mask = hw.ballot(inside)
+            valid, mask = self.validity(slot)
             with hw.when(self.lane.eq(0)):
                 hw.store_shared(self.mask_address(stage), [mask])
             copy_rows(
                 self.kv_cache,
                 slot,
-                hw.select(inside, hw.u32(1), hw.u32(0)),
+                valid,
                 mask,
                 destination=self.rows + stage * _TILE_BYTES + row * _ROW,
                 barrier=self.rows_full + stage * 8,
@@ -338,17 +345,6 @@ class WarpgroupAttention(CtaAttention):
             return following
 
         hw.for_loop(hw.u32(rounds), load(hw.u32(0)), batch)
-
-    def load_query(self, column: Reg) -> list[list[Reg]]:
-        """8 dims per 16 bytes and lane: of the latent, of the latent, of RoPE (8 lanes)."""
-        row = self.query_address(hw.minimum(self.first_column + column, self.num_columns - 1))
-        address = hw.element_address(row, self.lane, 16)
-        last = hw.element_address(row, self.lane & 7, 16)
-        return [
-            hw.load_global(address, words=4),
-            hw.load_global(address, 512, words=4),
-            hw.load_global(last, 1024, words=4),
-        ]
 
     def store_query(self, column: Reg, pieces: list[list[Reg]]) -> None:
         """Scales a column to float16's range and stores it in the order of the scores' k.
@@ -411,7 +407,7 @@ class WarpgroupAttention(CtaAttention):
             bits = hw.load_shared(row, r * 8 * _ROW + _SCALES_OFFSET)
             power = functools.reduce(hw.maximum_u32, bits) & 0x7F800000
             powers.append(hw.maximum_u32(power, _SMALLEST_TOKEN_EXPONENT << 23))
-            inverses.append(hw.as_f32(((2 * 127 + _VALUE_HEADROOM) << 23) - powers[r]))
+            inverses.append(_inverse_power(powers[r]))
             scales.append([hw.as_f32(b) * inverses[r] for b in bits])
 
         def load_rows(chunk: int) -> list[list[Reg]]:
@@ -571,13 +567,12 @@ class WarpgroupAttention(CtaAttention):
 
     def publish_value_scales(self, tile: Reg, buffer: Reg, powers: list[Reg]) -> None:
         """For the values: the tokens' scales relative to their powers."""
-        row = self.row_warp * ROW_TILE + self.g
-        row = self.rows + tile % STAGES * _TILE_BYTES + row * _ROW
+        row = self.key_row(tile)
         pairs = []
         for r in range(2):
             # Lane c takes care of the 128-dim group c.
             (own,) = hw.load_shared_f32(row + self.c * 4, r * 8 * _ROW + _SCALES_OFFSET, words=1)
-            relative = own * hw.as_f32(((2 * 127 + _VALUE_HEADROOM) << 23) - powers[r])
+            relative = own * _inverse_power(powers[r])
             pairs.append(hw.f16x2(relative, hw.shuffle_xor(relative, 4)))
         with hw.when((self.g & 1).eq(0)):
             address = buffer + self.c * (TILE * 2) + self.row_warp * 32 + (self.g >> 1) * 8
@@ -613,6 +608,11 @@ class WarpgroupAttention(CtaAttention):
 
         return hw.cond(raised, decayed, sums)
 
+    def key_row(self, tile: Reg) -> Reg:
+        """Address of the first of the two rows whose scores this lane has; the other is 8 on."""
+        row = self.row_warp * ROW_TILE + self.g
+        return self.rows + tile % STAGES * _TILE_BYTES + row * _ROW
+
     def wait_for_rows(self, tile: Reg) -> None:
         hw.mbarrier_wait(self.rows_full + tile % STAGES * 8, tile // STAGES & 1)
 
@@ -620,11 +620,8 @@ class WarpgroupAttention(CtaAttention):
         """`scores`, once the tile's rows are there."""
         tile = hw.recomputed(tile)
         self.wait_for_rows(tile)
-        stage = tile % STAGES
-        (mask,) = hw.load_shared(self.mask_address(stage), words=1)
-        row = self.row_warp * ROW_TILE + self.g
-        row = self.rows + stage * _TILE_BYTES + row * _ROW
-        return self.scores(row, mask, tile - first_tile)
+        (mask,) = hw.load_shared(self.mask_address(tile % STAGES), words=1)
+        return self.scores(self.key_row(tile), mask, tile - first_tile)
 
     def weigh(self, tile: Reg, x: list[list[Reg]], powers: list[Reg], sums: list[Reg]) -> list[Reg]:
         """From scores to published weights; returns their sums over this warpgroup's tiles.
@@ -727,7 +724,6 @@ class WarpgroupAttention(CtaAttention):
           first_tile: tiles of all lists before it.
         """
         zero = hw.f32(0.0)
-        end = first_tile + num_tiles
         with hw.when(self.thread.eq(0)):
             hw.store_shared(self.smem, [hw.u32(_SMALLEST_SCALE_EXPONENT << 23)], _SMEM.scale)
         self.store_queries()
@@ -750,7 +746,6 @@ class WarpgroupAttention(CtaAttention):
             t = m * 2 + parity
             tile = first_tile + t
             x, powers = self.scores_of(tile, first_tile)
-
             acc, sums = hw.cond(t.ne(0), lambda: others(tile - 1, acc, sums), (acc, sums))
             sums = self.weigh(tile, x, powers, sums)
             acc, _ = self.values(hw.recomputed(tile), own, acc)
@@ -758,8 +753,7 @@ class WarpgroupAttention(CtaAttention):
 
         state = ([[zero] * 32 for _ in range(4)], [zero, zero])
         acc, sums = hw.for_loop((num_tiles + 1 - parity) // 2, state, step)
-        last = end - 1
-
+        last = first_tile + num_tiles - 1
         is_behind = num_tiles.ne(0) & ((last ^ own) & 1).ne(0)
         acc, sums = hw.cond(is_behind, lambda: others(last, acc, sums), (acc, sums))
         self.finish(acc, sums)
