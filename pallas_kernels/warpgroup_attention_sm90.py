@@ -44,11 +44,12 @@ Numbers
   FlashMLA write them; others are rounded to 11 bits, relative to that power. RoPE is multiplied by
   the same power in bfloat16, which is exact, so all 576 dims share one accumulator.
 - float16's range: each query column is scaled by a power of two to 2**14 .. 2**15, undone in the
-  scores. Weights are 2**(score - ceiling): at most 2**15, and 2**11 when the ceiling is set. As
-  float16 they meet the token's power, relative to the largest so far. When ceiling or power are
-  outgrown, both warpgroups rescale their accumulators.
+  scores. Weights are 2**(score - ceiling): finite in float16, and 2**7 when the ceiling is set. As
+  float16 they meet the token's power, relative to the largest so far. When a ceiling or the power
+  is outgrown, all columns' ceilings are brought up to date, so that this is rare, and both
+  warpgroups rescale their accumulators.
 - What this cannot hold: values lose bits where another token of the CTA, weighty or not, has a
-  scale more than 2**20 times as large, and all of a 128-dim group loses them where another group of
+  scale more than 2**16 times as large, and all of a 128-dim group loses them where another group of
   the same token has one 2**21 times as large, or where the token's largest is below 2**-49.
 - The row of a key without a slot is never read from the cache: it is zeros in shared memory, its
   score -inf.
@@ -69,11 +70,11 @@ ahead, the rest addresses and state; 24 for gathering. No spills. Shared memory 
 Roofline (H100)
 --------
 A tile of 64 rows is 2,176 cycles of tensor work, 1.3 us, and 2.2 us of random rows for every SM.
-Measured: 2.2 us a tile in prefill with rows from L2, its share of start and end included; 2.5 with
-larger scores, where about every third tile raises ceilings (`benchmarks/README.md`). Alone on an
-SM, one warpgroup's scores (8 chunks) take 1,425 cycles, 1,077 of them MMAs, and a tile's values
-1,038, 559 of them MMAs; two at once take 2,280 and 1,333, near the tensor cores' rate. What is left
-is where both wait: exponentials, hand-overs, ceilings.
+Measured: 3,370 cycles a tile in long lists. Of a warpgroup's 6,750 for two tiles, its scores take
+1,920, the values of two tiles 1,300 each, its weights 1,260 (530 where the tensor cores are idle),
+waits the rest. Alone on an SM, one warpgroup's scores (8 chunks) take 1,425 cycles, 1,077 of them
+MMAs, and a tile's values 1,038, 559 of them MMAs; two at once take 2,280 and 1,333, near the tensor
+cores' rate. From one list to the next 13,000 cycles pass, 7,000 of them for the queries.
 
 Form
 ----
@@ -114,9 +115,9 @@ _CHUNKS = layout.LATENT_DIM // 64  # 64-dim columns of Q: 8 latent, 1 RoPE
 _CHUNK_BYTES = COLUMNS * 128
 _BLOCKS = COLUMNS // 8
 
-# Weights are 2**(score - ceiling), at most 2**15, for float16. A new ceiling leaves 2**4 of it.
+# Weights are 2**(score - ceiling), finite in float16. A new ceiling leaves 2**8 of 2**15.
 _LARGEST_WEIGHT_EXPONENT = 15
-_MAX_LAG = 4.0
+_MAX_LAG = 8.0
 # Finite, so that -inf - ceiling is -inf and not NaN, and below every score.
 _NO_MAXIMUM = -3.4028234e38
 # Values, at most 448 * 2 relative to their token's power of two, become float16 times 2**6.
@@ -278,7 +279,7 @@ class WarpgroupAttention(CtaAttention):
                 hw.mbarrier_init(self.rows_full + 8 * stage, 4 * hw.WARP)
                 hw.mbarrier_init(self.rows_free + 8 * stage, _COMPUTE_WARPS * hw.WARP)
             for owner in range(2):
-                hw.mbarrier_init(self.weights_full + 8 * owner, 4 * hw.WARP)
+                hw.mbarrier_init(self.weights_full + 8 * owner, 1)
             hw.fence_async_proxy()
         hw.cta_sync()
 
@@ -482,46 +483,63 @@ class WarpgroupAttention(CtaAttention):
             blocks = kept
         return blocks[0]
 
-    def softmax(
-        self, buffer: Reg, x: list[list[Reg]], powers: list[Reg]
+    def weigh(
+        self, tile: Reg, x: list[list[Reg]], powers: list[Reg]
     ) -> tuple[list[list[Reg]], Reg]:
-        """Stores the weights; returns them [block][4], and whether they raised ceilings or scale.
+        """From scores to published weights and token scales.
 
-        They are stored before all warps know that the ceilings hold, and again where they do not.
+        This warpgroup has taken the values of the tile before, so the ceilings are that tile's. The
+        weights are stored before all warps know that the ceilings hold, and again where they do
+        not.
+
+        Returns:
+          The weights' sums [block][2] over this lane's tokens, and whether the tile has raised
+          ceilings or scale.
         """
+        tile, buffer = hw.recomputed(tile), self.buffer(self.warpgroup)
+        with hw.when(tile > 1):
+            # All warps are done with what the buffer held.
+            hw.mbarrier_wait(self.rows_free + (tile - 2) % STAGES * 8, (tile - 2) // STAGES & 1)
         scale_address = self.smem + _SMEM.scale
+        own = self.load_token_scales(tile)
         (scale,) = hw.load_shared(scale_address, words=1)
-        # Rounded products: the ceiling is one of them, and enormous ones leave no residue over it.
-        scores, weights, maxima = [], [], [hw.f32(0.0)] * 2
-        for n in range(_BLOCKS):
-            factors, ceilings = self.load_column_state(n)
-            scores.append([hw.multiply(x[n][i], factors[i % 2]) for i in range(4)])
-            weights.append([hw.exp2(scores[n][i] - ceilings[i % 2]) for i in range(4)])
-            maxima = [
-                functools.reduce(hw.maximum, weights[n][i::2], m) for i, m in enumerate(maxima)
-            ]
-        largest = functools.reduce(hw.maximum, maxima)
-        self.store_weights(buffer, scale, weights, powers)
-        outgrown = (
-            (largest > 2.0**_LARGEST_WEIGHT_EXPONENT) | (powers[0] > scale) | (powers[1] > scale)
+        sums, largest = self.store_weights(
+            buffer,
+            scale,
+            powers,
+            lambda n, i, factors, ceilings: x[n][i] * factors[i % 2] - ceilings[i % 2],
         )
+        self.store_token_scales(buffer, own, powers)
+        hw.fence_async_proxy()
+        # Halves that are not finite: their exponents are 31.
+        overflows = ((largest + 0x04000400) & 0x80008000).ne(0)
+        outgrown = overflows | (powers[0] > scale) | (powers[1] > scale)
         outgrown = hw.named_barrier_any(self.warpgroup + _WARPGROUP_BARRIER, 128, outgrown)
-        in_warpgroup = self.thread & 127
-        with hw.when(in_warpgroup.eq(0)):
-            flag = hw.select(outgrown, hw.u32(1), hw.u32(0))
-            hw.store_shared(buffer + _BUFFER.flag, [flag])
 
         def raised() -> list[list[Reg]]:
+            # Rounded products, since the ceiling is one of them: as a fused one, an enormous score
+            # may be far above its own rounding.
+            scores = []
+            for n in range(_BLOCKS):
+                factors, _ = self.load_column_state(n)
+                scores.append([hw.multiply(x[n][i], factors[i % 2]) for i in range(4)])
             self.raise_ceilings(buffer, scores, powers, scale)
             (new_scale,) = hw.load_shared(scale_address, words=1)
-            result = []
-            for n in range(_BLOCKS):
-                _, ceilings = self.load_column_state(n)
-                result.append([hw.exp2(scores[n][i] - ceilings[i % 2]) for i in range(4)])
-            self.store_weights(buffer, new_scale, result, powers)
-            return result
+            sums, _ = self.store_weights(
+                buffer,
+                new_scale,
+                powers,
+                lambda n, i, factors, ceilings: scores[n][i] - ceilings[i % 2],
+            )
+            hw.fence_async_proxy()
+            self.warpgroup_sync()
+            return sums
 
-        return hw.cond(outgrown, raised, weights), outgrown
+        sums = hw.cond(outgrown, raised, sums)
+        with hw.when((self.thread & 127).eq(0)):
+            hw.store_shared(buffer, [hw.select(outgrown, hw.u32(1), hw.u32(0))], _BUFFER.flag)
+            hw.mbarrier_arrive(self.weights_full + self.warpgroup * 8)
+        return sums, outgrown
 
     def raise_ceilings(
         self, buffer: Reg, scores: list[list[Reg]], powers: list[Reg], scale: Reg
@@ -548,11 +566,10 @@ class WarpgroupAttention(CtaAttention):
                     for w in range(4)
                 ],
             )
-            # In this form and no other: where scores are so large that float32 does not hold the
-            # difference, weights must stay in range all the same.
-            over = largest - old > _LARGEST_WEIGHT_EXPONENT
-            lowest = largest - (_LARGEST_WEIGHT_EXPONENT - _MAX_LAG)
-            new = hw.select(over, lowest, old)
+            # Every column's, so that the next tiles outgrow none of them.
+            new = hw.maximum(old, largest - (_LARGEST_WEIGHT_EXPONENT - _MAX_LAG))
+            # Where scores are so large that float32 does not hold the difference, weights must stay
+            # in range all the same.
             new = hw.select(largest - new > _LARGEST_WEIGHT_EXPONENT, largest, new)
             hw.store_shared(state, [new], 8)
             hw.store_shared(buffer + in_warpgroup * 4, [hw.exp2(old - new)], _BUFFER.decay)
@@ -565,38 +582,63 @@ class WarpgroupAttention(CtaAttention):
             hw.store_shared(scale_address, [new_scale])
         self.warpgroup_sync()
 
-    def publish_value_scales(self, tile: Reg, buffer: Reg, powers: list[Reg]) -> None:
-        """For the values: the tokens' scales relative to their powers."""
+    def load_token_scales(self, tile: Reg) -> list[Reg]:
+        """Of this lane's two tokens, for the 128-dim group c."""
         row = self.key_row(tile)
+        return [
+            hw.load_shared_f32(row + self.c * 4, r * 8 * _ROW + _SCALES_OFFSET, words=1)[0]
+            for r in range(2)
+        ]
+
+    def store_token_scales(self, buffer: Reg, own: list[Reg], powers: list[Reg]) -> None:
+        """For the values: the tokens' scales relative to their powers."""
         pairs = []
         for r in range(2):
-            # Lane c takes care of the 128-dim group c.
-            (own,) = hw.load_shared_f32(row + self.c * 4, r * 8 * _ROW + _SCALES_OFFSET, words=1)
-            relative = own * _inverse_power(powers[r])
+            relative = own[r] * _inverse_power(powers[r])
             pairs.append(hw.f16x2(relative, hw.shuffle_xor(relative, 4)))
         with hw.when((self.g & 1).eq(0)):
             address = buffer + self.c * (TILE * 2) + self.row_warp * 32 + (self.g >> 1) * 8
             hw.store_shared(address, pairs, _BUFFER.value_scales)
 
     def store_weights(
-        self, buffer: Reg, scale: Reg, weights: list[list[Reg]], powers: list[Reg]
-    ) -> None:
-        """For the values: weights times the tokens' powers, relative to the scale."""
-        factors = []
+        self,
+        buffer: Reg,
+        scale: Reg,
+        powers: list[Reg],
+        exponent: Callable[[int, int, list[Reg], list[Reg]], Reg],
+    ) -> tuple[list[list[Reg]], Reg]:
+        """For the values: weights times the tokens' powers, relative to the scale.
+
+        `exponent(n, i, factors, ceilings)` is the log2 of weight i of block n, given its columns'
+        state. Returns the weights' sums [block][2] over this lane's tokens, and the largest weights
+        as a pair of float16 bits, before they are multiplied.
+        """
+        token_factors = []
         for r in range(2):
             factor = hw.as_f32((127 << 23) - hw.minimum(scale - powers[r], 127 << 23))
-            factors.append(hw.f16x2(factor, factor))
+            token_factors.append(hw.f16x2(factor, factor))
         # Matrix i of a store: block 2 k + i // 2, tokens 8 (i % 2) .. of the warp's 16.
         matrix, column = self.lane >> 3, self.lane & 7
         piece = (self.row_warp * 2 + (matrix & 1)) ^ column
         address = buffer + _BUFFER.weights + ((matrix >> 1) * 8 + column) * 128 + piece * 16
-        for k in range(_BLOCKS // 2):
-            values = [
-                hw.multiply_f16x2(hw.f16x2(weights[n][2 * r], weights[n][2 * r + 1]), factors[r])
-                for n in (2 * k, 2 * k + 1)
-                for r in range(2)
-            ]
+
+        def load(k: int) -> list[tuple[list[Reg], list[Reg]]]:
+            return [self.load_column_state(n) for n in (2 * k, 2 * k + 1)]
+
+        sums, largest, last = [], hw.u32(0), _BLOCKS // 2 - 1
+        loaded = load(0)
+        for k in range(last + 1):
+            columns, pairs = loaded, []
+            if k < last:
+                loaded = load(k + 1)
+            for n, state in zip((2 * k, 2 * k + 1), columns, strict=True):
+                weights = [hw.exp2(exponent(n, i, *state)) for i in range(4)]
+                sums.append([weights[h] + weights[2 + h] for h in range(2)])
+                pairs += [hw.f16x2(*weights[2 * r : 2 * r + 2]) for r in range(2)]
+            largest = functools.reduce(hw.maximum_u16x2, pairs, largest)
+            values = [hw.multiply_f16x2(p, token_factors[i % 2]) for i, p in enumerate(pairs)]
             hw.store_matrices_transposed(address + k * 16 * 128, values)
+        return sums, largest
 
     def decayed(self, sums: list[Reg], owner: Reg, raised: Reg) -> list[Reg]:
         """The sums under the ceilings that the owner's last tile has raised, if it has."""
@@ -623,39 +665,40 @@ class WarpgroupAttention(CtaAttention):
         (mask,) = hw.load_shared(self.mask_address(tile % STAGES), words=1)
         return self.scores(self.key_row(tile), mask, tile - first_tile)
 
-    def weigh(self, tile: Reg, x: list[list[Reg]], powers: list[Reg], sums: list[Reg]) -> list[Reg]:
-        """From scores to published weights; returns their sums over this warpgroup's tiles.
-
-        This warpgroup has taken the values of the tile before, so the ceilings are that tile's.
-        """
-        tile, buffer = hw.recomputed(tile), self.buffer(self.warpgroup)
-        with hw.when(tile > 1):
-            # All warps are done with what the buffer held.
-            hw.mbarrier_wait(self.rows_free + (tile - 2) % STAGES * 8, (tile - 2) // STAGES & 1)
-        self.publish_value_scales(tile, buffer, powers)
-        weights, outgrown = self.softmax(buffer, x, powers)
-        sums = self.decayed(sums, self.warpgroup, outgrown)
-        hw.fence_async_proxy()
-        hw.mbarrier_arrive(self.weights_full + self.warpgroup * 8)
-        new = self.reduce_over_rows(
-            [[b[h] + b[2 + h] for h in range(2)] for b in weights], lambda a, b: a + b
-        )
-        return [a + b for a, b in zip(sums, new, strict=True)]
+    def add_sums(self, sums: list[Reg], new: list[list[Reg]]) -> list[Reg]:
+        """Sums of the columns 2 lane, 2 lane + 1 over this warpgroup's tiles, and a tile's."""
+        added = self.reduce_over_rows(new, lambda a, b: a + b)
+        return [a + b for a, b in zip(sums, added, strict=True)]
 
     # ---- values
 
-    def values(self, tile: Reg, owner: Reg, acc: list[list[Reg]]) -> tuple[list[list[Reg]], Reg]:
-        """Adds a tile's values to O^T [4 blocks of 64 dims][32], once its weights are there.
+    def wait_for_weights(self, tile: Reg, owner: Reg) -> Reg:
+        """Waits for what `owner` publishes; whether the tile has raised ceilings or scale."""
+        hw.mbarrier_wait(self.weights_full + owner * 8, tile // 2 & 1)
+        (flag,) = hw.load_shared(self.buffer(owner), _BUFFER.flag, words=1)
+        return flag.ne(0)
 
-        `owner` is the warpgroup whose weights they are. Also returns whether it raised the
-        ceilings.
+    def values(
+        self,
+        tile: Reg,
+        owner: Reg,
+        raised: Reg,
+        acc: list[list[Reg]],
+        meanwhile: Callable[[], list[Reg]],
+    ) -> tuple[list[list[Reg]], list[Reg]]:
+        """Adds a tile's values to O^T [4 blocks of 64 dims][32].
+
+        Args:
+          tile: the tile, whose weights are there.
+          owner: the warpgroup whose weights they are.
+          raised: whether they have raised ceilings or scale.
+          acc: O^T.
+          meanwhile: what to do while the first MMAs run; its result is returned, too.
         """
         stage, buffer = tile % STAGES, self.buffer(owner)
-        hw.mbarrier_wait(self.weights_full + owner * 8, tile // 2 & 1)
-        flag, ratio = hw.load_shared(buffer, _BUFFER.flag, words=2)
-        raised = flag.ne(0)
 
         def rescaled() -> list[list[Reg]]:
+            (ratio,) = hw.load_shared(buffer, _BUFFER.flag + 4, words=1)
             result = [list(a) for a in acc]
             for n in range(_BLOCKS):
                 decay = hw.load_shared_f32(buffer + self.c * 8, _BUFFER.decay + n * 32, words=2)
@@ -687,7 +730,7 @@ class WarpgroupAttention(CtaAttention):
             ]
             return bytes_, scales
 
-        acc, last = list(acc), TILE // 16 - 1
+        acc, last, done = list(acc), TILE // 16 - 1, []
         loaded = load(0)
         for k in range(TILE // 16):
             steps: list[list[WgmmaStep]] = []
@@ -706,13 +749,15 @@ class WarpgroupAttention(CtaAttention):
             for group in range(2):
                 two = slice(2 * group, 2 * group + 2)
                 acc[two] = hw.wgmma_m64n64k16(acc[two], weights, steps[group], "f16")
+            if k == 0:
+                done = meanwhile()
             if k < last:
                 # Registers are for the operands of two k-steps.
                 hw.wgmma_wait(1)
         flat = hw.wgmma_wait(0, [r for a in acc for r in a])
         acc = [flat[32 * i : 32 * i + 32] for i in range(4)]
         hw.mbarrier_arrive(self.rows_free + stage * 8)
-        return acc, raised
+        return acc, done
 
     # ---- the computing warpgroups
 
@@ -738,8 +783,8 @@ class WarpgroupAttention(CtaAttention):
         def others(tile: Reg, acc: Any, sums: list[Reg]) -> Any:
             tile = hw.recomputed(tile)
             self.wait_for_rows(tile)
-            acc, raised = self.values(tile, other, acc)
-            return acc, self.decayed(sums, other, raised)
+            raised = self.wait_for_weights(tile, other)
+            return self.values(tile, other, raised, acc, lambda: self.decayed(sums, other, raised))
 
         def step(m: Reg, carry: Any) -> Any:
             acc, sums = carry
@@ -747,9 +792,14 @@ class WarpgroupAttention(CtaAttention):
             tile = first_tile + t
             x, powers = self.scores_of(tile, first_tile)
             acc, sums = hw.cond(t.ne(0), lambda: others(tile - 1, acc, sums), (acc, sums))
-            sums = self.weigh(tile, x, powers, sums)
-            acc, _ = self.values(hw.recomputed(tile), own, acc)
-            return acc, sums
+            new, raised = self.weigh(tile, x, powers)
+            return self.values(
+                hw.recomputed(tile),
+                own,
+                raised,
+                acc,
+                lambda: self.add_sums(self.decayed(sums, own, raised), new),
+            )
 
         state = ([[zero] * 32 for _ in range(4)], [zero, zero])
         acc, sums = hw.for_loop((num_tiles + 1 - parity) // 2, state, step)
@@ -766,8 +816,6 @@ class WarpgroupAttention(CtaAttention):
         """Adds up the warps' sums, stores lse, applies the softmax's denominator, stores out."""
         partial = self.smem + _SMEM.partial
         factors = self.smem + _SMEM.buffers  # [column], where P was
-        # The last tile's maxima lie there, too.
-        self.compute_sync()
         hw.store_shared(partial + self.warp * (COLUMNS * 4) + self.lane * 8, sums)
         self.compute_sync()
         with hw.when(self.thread < COLUMNS):
