@@ -1,7 +1,22 @@
 """Test-wide setup: eight simulated CPU devices, and what the gpu markers need."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import jax
 import pytest
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ and shutil.which("nvidia-smi") is None:
+    # Many tests compile the same programs: one cache for this run, all of its workers and the
+    # processes that they start.
+    directory = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Before any device is touched: the stand-in for eight GPUs.
 jax.config.update("jax_num_cpu_devices", 8)
