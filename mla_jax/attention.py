@@ -91,14 +91,14 @@ def mla_sparse_attention(
       NotImplementedError: if the named implementation cannot do this.
     """
     cache = _as_cache(kv_cache)
-    q, topk_indices, topk_lens, attn_sink = _as_arrays(
+    q, topk_indices, topk_lens, attn_sink = as_arrays(
         q=q, topk_indices=topk_indices, topk_lens=topk_lens, attn_sink=attn_sink
     )
     sm_scale = _check_common(q, 3, "[tokens, num_q_heads, {}]", cache, sm_scale, attn_sink)
     tokens = q.shape[0]
-    _check_indices("topk_indices", topk_indices, (tokens, None), "[tokens, topk]")
+    check_indices("topk_indices", topk_indices, (tokens, None), "[tokens, topk]")
     if topk_lens is not None:
-        _check_indices("topk_lens", topk_lens, (tokens,), "[tokens]")
+        check_indices("topk_lens", topk_lens, (tokens,), "[tokens]")
     _check_config(config, SparseAttentionConfig, implementation)
 
     def mosaic_gpu() -> _Bound:
@@ -178,7 +178,7 @@ def mla_decode(
       NotImplementedError: if the named implementation cannot do this.
     """
     cache = _as_cache(kv_cache)
-    q, page_indices, kv_lens, attn_sink = _as_arrays(
+    q, page_indices, kv_lens, attn_sink = as_arrays(
         q=q, page_indices=page_indices, kv_lens=kv_lens, attn_sink=attn_sink
     )
     sm_scale = _check_common(q, 4, "[batch, q_len, num_q_heads, {}]", cache, sm_scale, attn_sink)
@@ -252,7 +252,7 @@ def mla_prefill(
       NotImplementedError: if the named implementation cannot do this.
     """
     cache = _as_cache(kv_cache)
-    q, page_indices, kv_lens, cu_q_lens, attn_sink = _as_arrays(
+    q, page_indices, kv_lens, cu_q_lens, attn_sink = as_arrays(
         q=q,
         page_indices=page_indices,
         kv_lens=kv_lens,
@@ -262,7 +262,7 @@ def mla_prefill(
     sm_scale = _check_common(q, 3, "[tokens, num_q_heads, {}]", cache, sm_scale, attn_sink)
     batch = kv_lens.shape[0] if kv_lens.ndim else 0
     _check_pages(page_indices, kv_lens, batch)
-    _check_indices("cu_q_lens", cu_q_lens, (batch + 1,), "[batch + 1]")
+    check_indices("cu_q_lens", cu_q_lens, (batch + 1,), "[batch + 1]")
 
     def xla(q, data, page_indices, kv_lens, cu_q_lens, attn_sink):
         return reference.prefill(
@@ -289,7 +289,7 @@ def _no_kernel(op: str) -> _Bound:
 # Validation
 
 
-def _as_arrays(**arguments: Any) -> list[Any]:
+def as_arrays(**arguments: Any) -> list[Any]:
     """NumPy arrays, which page tables often are, as jax arrays; None stays None."""
     for name, x in arguments.items():
         if x is not None and not hasattr(x, "dtype"):
@@ -301,7 +301,7 @@ def _as_cache(kv_cache: LatentCache | Array) -> LatentCache:
     if isinstance(kv_cache, LatentCache):
         kv_cache.check()
         return dataclasses.replace(kv_cache, data=jnp.asarray(kv_cache.data))
-    (data,) = _as_arrays(kv_cache=kv_cache)
+    (data,) = as_arrays(kv_cache=kv_cache)
     rows = {
         jnp.dtype(jnp.uint8): layout.FP8_ROW_BYTES,
         jnp.dtype(jnp.bfloat16): layout.LATENT_DIM,
@@ -352,8 +352,8 @@ def _check_common(
 
 
 def _check_pages(page_indices: Array, kv_lens: Array, batch: int) -> None:
-    _check_indices("kv_lens", kv_lens, (batch,), "[batch]")
-    _check_indices("page_indices", page_indices, (batch, None), "[batch, pages_per_seq]")
+    check_indices("kv_lens", kv_lens, (batch,), "[batch]")
+    check_indices("page_indices", page_indices, (batch, None), "[batch, pages_per_seq]")
     if page_indices.shape[1] < 1:
         raise ValueError(f"{page_indices.shape=} holds no page; give each sequence at least one")
 
@@ -380,7 +380,7 @@ def _check_kernel_takes(q: Array, cache: LatentCache, formats: tuple[KVCacheForm
         )
 
 
-def _check_indices(name: str, x: Array, shape: tuple[int | None, ...], meaning: str) -> None:
+def check_indices(name: str, x: Array, shape: tuple[int | None, ...], meaning: str) -> None:
     fits = x.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(x.shape, shape, strict=True)
     )

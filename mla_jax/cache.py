@@ -391,7 +391,13 @@ def logical_to_physical(
 
     `slot = page_indices[b, position // page_size] * page_size + position % page_size`; -1 for
     negative positions, positions beyond the table, and page numbers that are negative or overflow.
+
+    Raises:
+      ValueError: if `page_indices` or `positions` are not int32.
     """
+    for name, x in (("page_indices", page_indices), ("positions", positions)):
+        if x.dtype != jnp.int32:
+            raise ValueError(f"{name}.dtype={x.dtype} must be int32; cast it to jnp.int32")
     pages_per_seq = page_indices.shape[1]
     logical_pages = positions // page_size
     valid = (positions >= 0) & (logical_pages < pages_per_seq)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from mla_jax.cache import LatentCache, logical_to_physical
 from mla_jax.reference import walk_sequences
 from mla_jax.rope import RopeConfig, apply_rope
+from pallas_kernels.hopper import as_varying_as
 
 # Per-head scores [queries, index heads, keys] that are held at a time, and all keys' scores
 # [queries, keys].
@@ -163,10 +164,14 @@ class Indexer(nnx.Module):
             args = (q[None], weights[None], index_keys, table, positions[None], topk)
             return (self._select(*args)[0],)
 
+        slots = as_varying_as(
+            jnp.full((q.shape[0], topk), -1, jnp.int32),
+            (q, weights, index_keys.data, page_indices, kv_lens, cu_q_lens),
+        )
         (slots,) = walk_sequences(
             block,
             (q, weights),
-            (jnp.full((q.shape[0], topk), -1, jnp.int32),),
+            (slots,),
             kv_lens,
             cu_q_lens,
             chunk=max(1, min(_QUERY_CHUNK, fitting)),
@@ -237,6 +242,9 @@ class Indexer(nnx.Module):
             lambda i, scores: lax.dynamic_update_slice_in_dim(
                 scores, chunk_scores(i), i * chunk, axis=2
             ),
-            jnp.full((batch, n, num_chunks * chunk), -jnp.inf, jnp.float32),
+            as_varying_as(
+                jnp.full((batch, n, num_chunks * chunk), -jnp.inf, jnp.float32),
+                (q, weights, index_keys.data, page_indices, positions),
+            ),
         )
         return scores[..., :num_keys]

@@ -31,7 +31,13 @@ from flax.typing import PrecisionLike
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from mla_jax.attention import mla_decode, mla_prefill, mla_sparse_attention
+from mla_jax.attention import (
+    as_arrays,
+    check_indices,
+    mla_decode,
+    mla_prefill,
+    mla_sparse_attention,
+)
 from mla_jax.cache import KVCacheFormat, LatentCache, logical_to_physical
 from mla_jax.dispatch import Implementation
 from mla_jax.indexer import Indexer, IndexerConfig
@@ -135,7 +141,7 @@ class _Tokens:
     Attributes:
       positions: [batch, q_len], or [tokens, 1], within the sequence; negative for padding.
       page_rows: the page table of each row of `positions`.
-      page_indices, kv_lens, cu_q_lens: the caller's.
+      page_indices, kv_lens, cu_q_lens: the caller's, as jax arrays.
       batch_shape: (batch, q_len), or (tokens,) for a ragged call.
     """
 
@@ -153,17 +159,20 @@ class _Tokens:
                 f"{x.shape=} must be [batch, q_len, hidden], or [tokens, hidden] with cu_q_lens"
                 f" (given: {cu_q_lens is not None})"
             )
+        # NumPy arrays, which page tables often are, as jax arrays.
+        page_indices, kv_lens, cu_q_lens = as_arrays(
+            page_indices=page_indices, kv_lens=kv_lens, cu_q_lens=cu_q_lens
+        )
+        check_indices("kv_lens", kv_lens, (None,), "[batch]")
         batch = kv_lens.shape[0]
-        if page_indices.ndim != 2 or page_indices.shape[0] != batch:
-            raise ValueError(f"{page_indices.shape=} must be [batch, pages_per_seq], {batch=}")
+        check_indices("page_indices", page_indices, (batch, None), "[batch, pages_per_seq]")
         if cu_q_lens is None:
             if x.shape[0] != batch:
                 raise ValueError(f"{x.shape=} and {kv_lens.shape=} must agree on the batch size")
             q_len = x.shape[1]
             positions = kv_lens[:, None] - q_len + jnp.arange(q_len)
             return cls(positions, page_indices, page_indices, kv_lens, None, (batch, q_len))
-        if cu_q_lens.shape != (batch + 1,):
-            raise ValueError(f"{cu_q_lens.shape=} must be [batch + 1], {batch=}")
+        check_indices("cu_q_lens", cu_q_lens, (batch + 1,), "[batch + 1]")
         token = jnp.arange(x.shape[0])
         sequence = jnp.searchsorted(cu_q_lens, token, side="right") - 1
         padding = sequence >= batch
@@ -357,9 +366,11 @@ class MultiHeadLatentAttention(nnx.Module):
         cache = self._write(cache, kv_c, k_pe, tokens, self.implementation)
         q = q.reshape(*tokens.batch_shape, *q.shape[1:])
         if cu_q_lens is None:
-            out = self._op(mla_decode)(q, cache, page_indices, kv_lens)
+            out = self._op(mla_decode)(q, cache, tokens.page_indices, tokens.kv_lens)
         else:
-            out = self._op(mla_prefill)(q, cache, page_indices, kv_lens, cu_q_lens)
+            out = self._op(mla_prefill)(
+                q, cache, tokens.page_indices, tokens.kv_lens, tokens.cu_q_lens
+            )
         return self._finish(out), cache
 
     def _check(self, x: Array, cache: LatentCache) -> None:
@@ -422,7 +433,8 @@ class MultiHeadLatentAttention(nnx.Module):
         """Values and output projection of attended latents `[..., num_heads, kv_lora_rank]`."""
         w_uv = self.w_uv.astype(out.dtype)
         out = jnp.einsum("...hr,rhv->...hv", out, w_uv, precision=self.precision)
-        return self.parallelism.replicate(self.o_proj(out.reshape(*out.shape[:-2], -1)))
+        features = out.shape[-2] * out.shape[-1]
+        return self.parallelism.replicate(self.o_proj(out.reshape(*out.shape[:-2], features)))
 
 
 def _indexer(config: MLAConfig, **kwargs: Any) -> Indexer:
@@ -587,7 +599,12 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
                 index_q = index_q.reshape(*tokens.batch_shape, *index_q.shape[1:])
                 weights = weights.reshape(*tokens.batch_shape, *weights.shape[1:])
             topk_indices = self.parallelism.on_each_device(self.indexer.select)(
-                index_q, weights, index_keys, page_indices, kv_lens, cu_q_lens
+                index_q,
+                weights,
+                index_keys,
+                tokens.page_indices,
+                tokens.kv_lens,
+                tokens.cu_q_lens,
             )
         assert topk_indices is not None
         out = self._op(mla_sparse_attention)(q, latent, topk_indices)

@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mla_jax.cache import LatentCache, logical_to_physical
+from pallas_kernels.hopper import as_varying_as
 
 # Rows and scores held at a time; XLA keeps two or three arrays of that size. 128 decode tokens x
 # top-k 2,048 in bfloat16, the largest common decode step, are 302 MB of rows: one piece.
@@ -162,17 +163,13 @@ def prefill(
         out, lse = _attend_pages(q[None], cache, table, positions[None], softmax)
         return out[0], lse[0]
 
-    return walk_sequences(
-        block,
-        (q,),
-        (
-            jnp.zeros((tokens, num_q_heads, cache.kv_lora_rank), softmax.out_dtype),
-            jnp.full((tokens, num_q_heads), -jnp.inf, jnp.float32),
-        ),
-        kv_lens,
-        cu_q_lens,
-        chunk=_QUERY_CHUNK,
-    )
+    out = jnp.zeros((tokens, num_q_heads, cache.kv_lora_rank), softmax.out_dtype)
+    lse = jnp.full((tokens, num_q_heads), -jnp.inf, jnp.float32)
+    # A loop's carry has one type, inside `jax.shard_map`, too.
+    operands = [q, cache.data, page_indices, kv_lens, cu_q_lens]
+    operands += [] if attn_sink is None else [attn_sink]
+    outputs = (as_varying_as(out, operands), as_varying_as(lse, operands))
+    return walk_sequences(block, (q,), outputs, kv_lens, cu_q_lens, chunk=_QUERY_CHUNK)
 
 
 def walk_sequences(
@@ -272,15 +269,16 @@ def _attend_pages(
         return new_max, denominator * decay + jnp.sum(weights, axis=-1), numerator
 
     heads = (batch, n, num_q_heads)
+    state = (
+        jnp.full(heads, -jnp.inf, jnp.float32),
+        jnp.zeros(heads, jnp.float32),
+        jnp.zeros((*heads, cache.kv_lora_rank), jnp.float32),
+    )
     running_max, denominator, numerator = lax.fori_loop(
         0,
         (jnp.max(last_position, initial=-1) + chunk) // chunk,
         step,
-        (
-            jnp.full(heads, -jnp.inf, jnp.float32),
-            jnp.zeros(heads, jnp.float32),
-            jnp.zeros((*heads, cache.kv_lora_rank), jnp.float32),
-        ),
+        tuple(as_varying_as(x, (q, cache.data, page_indices, positions)) for x in state),
     )
     return _finish(numerator, running_max, denominator, softmax)
 

@@ -78,11 +78,23 @@ class RopeConfig:
         optional `rope_scaling`.
 
         Raises:
-          ValueError: for a rope type other than "default" and "yarn", or a YaRN without factor.
+          ValueError: for a rope type other than "default" and "yarn", a YaRN without factor,
+            parameters by layer type, or `rope_scaling` of another type than `rope_parameters`.
         """
-        parameters = dict(config.get("rope_scaling") or {}) | dict(
-            config.get("rope_parameters") or {}
-        )
+        old, new = (config.get(name) or {} for name in ("rope_scaling", "rope_parameters"))
+        for name, value in new.items():
+            if isinstance(value, Mapping):
+                raise ValueError(
+                    f"config.json: rope_parameters[{name!r}]={value} is for one kind of layer; only"
+                    " parameters that hold for all layers are supported"
+                )
+        types = [x.get("rope_type", x.get("type", "default")) for x in (old, new) if x]
+        if len(set(types)) > 1:
+            raise ValueError(
+                f"config.json: rope_scaling={old} and rope_parameters={new} are of different types;"
+                " remove one of them"
+            )
+        parameters = dict(old) | dict(new)
         theta = parameters.get("rope_theta", config.get("rope_theta", 10_000.0))
         rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if rope_type == "default":
@@ -183,7 +195,7 @@ def apply_rope(
     angles = jnp.expand_dims(angles, tuple(range(positions.ndim, x.ndim - 1)))
     cos, sin = jnp.cos(angles) * config.cos_sin_factor, jnp.sin(angles) * config.cos_sin_factor
     pair_axis = -1 if interleaved else -2
-    pairs = (-1, 2) if interleaved else (2, frequencies.size)
+    pairs = (frequencies.size, 2) if interleaved else (2, frequencies.size)
     a, b = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], *pairs), pair_axis, 0)
     rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=pair_axis)
     return rotated.reshape(x.shape).astype(x.dtype)

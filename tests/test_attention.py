@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from mla_jax import LatentCache, mla_decode, mla_prefill, mla_sparse_attention, reference
 from mla_jax.cache import logical_to_physical
@@ -341,6 +343,35 @@ def test_absorbed_ops_equal_multi_head_attention():
     )
     got = np.einsum("hr,hvr->hv", np.asarray(out[0], np.float64), w_uv)
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("op", ["decode", "prefill", "sparse"])
+def test_inside_a_shard_map_that_checks_varying_axes(op):
+    """`jax.shard_map`'s own default; loops' carries need the axes of what they meet."""
+    rng = np.random.default_rng(4)
+    cache, page_indices = paged_batch(rng, [9, 3], 4)
+    lens = jnp.asarray([9, 3], jnp.int32)
+    q = jnp.asarray(rng.normal(size=(2, 3, 4, 576)), jnp.bfloat16)
+    arguments = (q, cache, page_indices, lens)
+    f = functools.partial(mla_decode, sm_scale=SM_SCALE)
+    heads = P(None, None, "model")
+    if op != "decode":
+        q, heads = q.reshape(6, 4, 576), P(None, "model")
+    if op == "prefill":
+        arguments = (q, cache, page_indices, lens, jnp.asarray([0, 3, 6], jnp.int32))
+        f = functools.partial(mla_prefill, sm_scale=SM_SCALE)
+    if op == "sparse":
+        arguments = (q, cache, jnp.tile(page_indices[:1, :1] * 4, (6, 5)))
+        f = functools.partial(mla_sparse_attention, sm_scale=SM_SCALE)
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    in_specs = (heads, *[P()] * (len(arguments) - 1))
+    sharded = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=heads))
+    np.testing.assert_allclose(
+        np.asarray(sharded(*arguments), np.float32),
+        np.asarray(f(*arguments), np.float32),
+        rtol=2.0**-7,
+        atol=1e-6,
+    )
 
 
 def test_works_inside_jit_scan_and_while_loop():

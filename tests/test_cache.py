@@ -231,6 +231,16 @@ def test_allocate_pages_gives_every_sequence_its_own_pages():
         allocate_pages([])
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
+def test_logical_to_physical_takes_int32_only(dtype):
+    """In a small type, slots would wrap around."""
+    table, positions = np.array([[100, 3]]), np.array([[0, 65]])
+    with pytest.raises(ValueError, match=r"page_indices\.dtype"):
+        logical_to_physical(jnp.asarray(table, dtype), jnp.asarray(positions, jnp.int32), 64)
+    with pytest.raises(ValueError, match=r"positions\.dtype"):
+        logical_to_physical(jnp.asarray(table, jnp.int32), jnp.asarray(positions, dtype), 64)
+
+
 def test_logical_to_physical():
     table = jnp.array([[4, 2, -1], [0, 1, 3]], jnp.int32)
     positions = jnp.array([[0, 5, 9, 10, -1], [0, 5, 9, 14, 15]], jnp.int32)

@@ -380,3 +380,37 @@ def test_linen_users_reach_it_through_the_bridge():
 
 def test_docstring_examples():
     assert doctest.testmod(mla_jax.modules).failed == 0
+
+
+@pytest.mark.parametrize("module", [dense, sparse])
+@pytest.mark.parametrize(("name", "dtype"), [("page_indices", np.int16), ("kv_lens", np.uint8)])
+def test_index_arguments_are_int32(module, name, dtype):
+    """Others wrap around: an empty row's position -1 would be 255."""
+    page_indices, cache = paged(module())
+    tokens = {"page_indices": page_indices, "kv_lens": np.full(2, LEN, np.int32)}
+    tokens[name] = np.asarray(tokens[name]).astype(dtype)
+    with pytest.raises(ValueError, match=rf"{name}\.dtype={np.dtype(dtype).name} must be int32"):
+        module()(inputs(), cache, **tokens)
+
+
+@pytest.mark.parametrize("module", [dense, sparse])
+def test_a_ragged_call_takes_numpy_indices_under_jit(module):
+    page_indices, cache = paged(module())
+    tokens = {
+        "page_indices": np.asarray(page_indices),
+        "kv_lens": np.asarray([LEN, 5], np.int32),
+        "cu_q_lens": np.asarray([0, LEN, LEN + 5], np.int32),
+    }
+    x = inputs(batch=1, length=LEN + 5)[0]
+    inside = nnx.jit(lambda module, x, cache: module(x, cache, **tokens)[0])(module(), x, cache)
+    as_arguments = call(module(), x, cache, **jax.tree.map(jnp.asarray, tokens))[0]
+    np.testing.assert_allclose(inside, as_arguments, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [dense, sparse])
+def test_no_new_tokens_is_a_call(module):
+    page_indices, cache = paged(module())
+    out, *_ = module()(
+        inputs()[:, :0], cache, page_indices=page_indices, kv_lens=jnp.zeros(2, jnp.int32)
+    )
+    assert out.shape == (2, 0, CONFIG.hidden_size)

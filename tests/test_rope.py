@@ -109,6 +109,18 @@ def test_old_and_new_config_keys_say_the_same():
     assert RopeConfig.from_hf({"rope_theta": 1e6, "rope_scaling": None}) == RopeConfig(1e6)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}},
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 4.0}}},
+    ],
+)
+def test_parameters_that_would_be_dropped_are_refused(config):
+    with pytest.raises(ValueError, match="rope_parameters"):
+        RopeConfig.from_hf(config)
+
+
 def test_unknown_rope_types_are_refused():
     with pytest.raises(ValueError, match="rope_type='llama3'"):
         RopeConfig.from_hf({"rope_scaling": {"rope_type": "llama3", "factor": 8}})

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax.models.config import MoEConfig
 from mla_jax.sharding import Parallelism
+from pallas_kernels.hopper import as_varying_as
 
 # Tokens of one expert that are multiplied at a time: enough to reuse the expert's weights, few
 # enough that small batches are not mostly padding.
@@ -216,7 +217,9 @@ def apply_experts(
         target = jnp.where(valid, token, tokens + jnp.arange(tile))
         return out.at[target].add(y, mode="drop", unique_indices=True), None
 
-    out = jnp.zeros(x.shape, jnp.float32)
+    if tokens == 0:
+        return jnp.zeros(x.shape, jnp.float32)
+    out = as_varying_as(jnp.zeros(x.shape, jnp.float32), (x, experts, weights, gate, up, down))
     return lax.scan(add_tile, out, jnp.arange(num_tiles))[0]
 
 
