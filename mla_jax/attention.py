@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mla_jax import reference
@@ -290,10 +291,18 @@ def _no_kernel(op: str) -> _Bound:
 
 
 def as_arrays(**arguments: Any) -> list[Any]:
-    """NumPy arrays, which page tables often are, as jax arrays; None stays None."""
+    """NumPy arrays, which page tables often are, as jax arrays; None stays None.
+
+    Raises:
+      ValueError: for what is no array, and for integers that a jax array of 32 bits would wrap.
+    """
     for name, x in arguments.items():
         if x is not None and not hasattr(x, "dtype"):
             raise ValueError(f"{name}={x!r} must be an array; wrap it in jnp.asarray")
+        if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.size:
+            for value in (x.min(), x.max()):
+                if not -(2**31) <= int(value) < 2**31:
+                    raise ValueError(f"{name} holds {value}, which is no int32")
     return [x if x is None else jnp.asarray(x) for x in arguments.values()]
 
 

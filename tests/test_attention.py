@@ -278,6 +278,13 @@ def test_numpy_arguments_and_scales_of_any_float_type():
         np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=1e-2, atol=1e-4)
 
 
+def test_numpy_integers_that_int32_would_wrap_are_refused():
+    cache = filled_cache(np.random.default_rng(0), 2, 4)
+    q = jnp.zeros((1, 8, 576), jnp.bfloat16)
+    with pytest.raises(ValueError, match="topk_indices holds 4294967298"):
+        mla_sparse_attention(q, cache, np.array([[3, 2**32 + 2]]), sm_scale=SM_SCALE)
+
+
 def test_float16_queries_do_not_limit_the_range_of_the_latents():
     cache = LatentCache.init(1, 8).write(
         jnp.full((8, 512), 1e5), jnp.zeros((8, 64)), jnp.arange(8, dtype=jnp.int32)

@@ -137,6 +137,8 @@ def test_slots_of_any_integer_type():
     with jax.enable_x64(True):
         beyond = cache.write(*ones, jnp.array([2**32 + 2], jnp.int64))
     np.testing.assert_array_equal(np.asarray(beyond.data), 0)
+    beyond = cache.write(*ones, np.array([2**32 + 2]))
+    np.testing.assert_array_equal(np.asarray(beyond.data), 0)
 
 
 @pytest.mark.parametrize("format", FORMATS)
