@@ -414,8 +414,10 @@ def _check_prompts(prompts: Prompts, max_new_tokens: int, model: CausalLM) -> No
         raise ValueError(f"{max_new_tokens=} must be at least 1")
     vocab_size = model.config.vocab_size
     for i, prompt in enumerate(prompts):
-        bad = [token for token in prompt if not 0 <= token < vocab_size]
-        if bad:
+        ids = np.asarray(prompt)
+        is_integer = ids.dtype.kind in "iu"  # others would be truncated
+        bad = ids[(ids < 0) | (ids >= vocab_size)] if is_integer else ids
+        if bad.size:
             raise ValueError(f"prompts[{i}] has token id {bad[0]}; {vocab_size=}")
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > model.config.max_position_embeddings:

@@ -340,6 +340,7 @@ def test_prompts_are_packed_end_to_end():
         ([[1], []], 1, r"lengths \[1, 0\]"),
         ([[1]], 0, "max_new_tokens=0 must be at least 1"),
         ([[1], [5, 320]], 1, r"prompts\[1\] has token id 320; vocab_size=320"),
+        ([[1.7, 2.2]], 1, r"prompts\[0\] has token id 1\.7; vocab_size=320"),
         ([[1]], 4096, "make 4097 tokens; the model's context holds 4096"),
     ],
 )
