@@ -396,10 +396,10 @@ def logical_to_physical(
     negative positions, positions beyond the table, and page numbers that are negative or overflow.
 
     Raises:
-      ValueError: if `page_indices` or `positions` are not int32.
+      ValueError: if `page_indices` or `positions` are no integers of 32 or 64 bits.
     """
     for name, x in (("page_indices", page_indices), ("positions", positions)):
-        if x.dtype != jnp.int32:
+        if not jnp.issubdtype(x.dtype, jnp.integer) or x.dtype.itemsize < 4:
             raise ValueError(f"{name}.dtype={x.dtype} must be int32; cast it to jnp.int32")
     pages_per_seq = page_indices.shape[1]
     logical_pages = positions // page_size

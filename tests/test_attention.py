@@ -352,6 +352,16 @@ def test_absorbed_ops_equal_multi_head_attention():
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+def test_with_64_bit_types_enabled():
+    rng = np.random.default_rng(5)
+    cache, page_indices = paged_batch(rng, [9, 3], 4)
+    q, lens = random_q(rng, 2, 3, 4, 576), jnp.asarray([9, 3], jnp.int32)
+    expected = mla_decode(q, cache, page_indices, lens, sm_scale=SM_SCALE)
+    with jax.enable_x64(True):
+        out = mla_decode(q, cache, page_indices, lens, sm_scale=SM_SCALE)
+    np.testing.assert_array_equal(np.asarray(out), np.asarray(expected))
+
+
 @pytest.mark.parametrize("op", ["decode", "prefill", "sparse"])
 def test_inside_a_shard_map_that_checks_varying_axes(op):
     """`jax.shard_map`'s own default; loops' carries need the axes of what they meet."""

@@ -234,8 +234,7 @@ def test_allocate_pages_gives_every_sequence_its_own_pages():
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
-def test_logical_to_physical_takes_int32_only(dtype):
-    """In a small type, slots would wrap around."""
+def test_logical_to_physical_refuses_types_that_do_not_hold_slots(dtype):
     table, positions = np.array([[100, 3]]), np.array([[0, 65]])
     with pytest.raises(ValueError, match=r"page_indices\.dtype"):
         logical_to_physical(jnp.asarray(table, dtype), jnp.asarray(positions, jnp.int32), 64)

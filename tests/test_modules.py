@@ -414,3 +414,13 @@ def test_no_new_tokens_is_a_call(module):
         inputs()[:, :0], cache, page_indices=page_indices, kv_lens=jnp.zeros(2, jnp.int32)
     )
     assert out.shape == (2, 0, CONFIG.hidden_size)
+
+
+@pytest.mark.parametrize("module", [dense, sparse])
+def test_modules_with_64_bit_types_enabled(module):
+    page_indices, cache = paged(module())
+    tokens = {"page_indices": page_indices, "kv_lens": lens(LEN, LEN)}
+    expected = module()(inputs(), cache, **tokens)[0]
+    with jax.enable_x64(True):
+        out = module()(inputs(), cache, **tokens)[0]
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
