@@ -299,7 +299,9 @@ def as_arrays(**arguments: Any) -> list[Any]:
     for name, x in arguments.items():
         if x is not None and not hasattr(x, "dtype"):
             raise ValueError(f"{name}={x!r} must be an array; wrap it in jnp.asarray")
-        if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.size:
+        if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
+            continue
+        if x.size and not np.can_cast(x.dtype, np.int32):
             for value in (x.min(), x.max()):
                 if not -(2**31) <= int(value) < 2**31:
                     raise ValueError(f"{name} holds {value}, which is no int32")

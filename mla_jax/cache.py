@@ -282,9 +282,8 @@ class LatentCache:
           NotImplementedError: if `implementation` is named and cannot write this cache.
         """
         self.check("self")
-        if isinstance(slots, np.ndarray) and slots.dtype.kind in "iu":
-            # Before jnp.asarray drops the upper half of 64 bits.
-            slots = jnp.asarray(np.where((slots >= 0) & (slots < self.num_slots), slots, -1))
+        if isinstance(slots, np.ndarray):
+            slots = self.valid_slots(slots)  # before jnp.asarray drops the upper half of 64 bits
         kv_c, k_pe, slots = jnp.asarray(kv_c), jnp.asarray(k_pe), jnp.asarray(slots)
         expected = (
             (*slots.shape, self.kv_lora_rank),
