@@ -86,8 +86,8 @@ class CtaAttention(abc.ABC):
         """Stores the natural log of the column's sum of exponentials."""
 
     @abc.abstractmethod
-    def store_out(self, column: Reg, dim: Reg, pair: list[Reg]) -> None:
-        """Stores the column's output at `dim` and `dim + 1`."""
+    def store_out(self, column: Reg, dim: Reg, pair: list[Reg], offset: int = 0) -> None:
+        """Stores the column's output at `dim` and `dim + 1`, or `offset` elements behind these."""
 
     # ---- what they share
 
@@ -126,6 +126,28 @@ class CtaAttention(abc.ABC):
         ]
 
 
+def query_exponent(pieces: list[list[Reg]]) -> Reg:
+    """The exponent, biased by 127, of a query's largest value.
+
+    Not below 15, from which on `query_powers` has inverses; 255 where a value is not finite.
+
+    Args:
+      pieces: the query's bfloat16 pairs, over the lanes of a warp.
+    """
+    largest = hw.u32(0)
+    for piece in pieces:
+        for word in piece:
+            largest = hw.maximum_u16x2(largest, word & 0x7FFF7FFF)
+    largest = hw.reduce_max_u32(hw.maximum_u32(largest & 0xFFFF, largest >> 16))
+    return hw.maximum_u32(largest >> 7, _LARGEST_QUERY_EXPONENT + 1)
+
+
+def query_powers(exponent: Reg) -> tuple[Reg, Reg]:
+    """The power of two that brings values of this exponent to 2**14 .. 2**15, and its inverse."""
+    power = hw.as_f32((2 * 127 + _LARGEST_QUERY_EXPONENT - exponent) << 23)
+    return power, hw.as_f32((exponent - _LARGEST_QUERY_EXPONENT) << 23)
+
+
 def scale_query(pieces: list[list[Reg]], exists: Reg) -> tuple[Iterator[list[Reg]], Reg]:
     """Brings a query to float16's range by a power of two.
 
@@ -137,23 +159,16 @@ def scale_query(pieces: list[list[Reg]], exists: Reg) -> tuple[Iterator[list[Reg
       The pieces times the power, float16 pairs, RoPE bfloat16; computed as they are taken. And the
       power's inverse.
     """
-    largest = hw.u32(0)
-    for piece in pieces:
-        for word in piece:
-            largest = hw.maximum_u16x2(largest, word & 0x7FFF7FFF)
-    largest = hw.reduce_max_u32(hw.maximum_u32(largest & 0xFFFF, largest >> 16))
-    exponent = hw.maximum_u32(largest >> 7, _LARGEST_QUERY_EXPONENT + 1)
-    power = hw.as_f32((2 * 127 + _LARGEST_QUERY_EXPONENT - exponent) << 23)
-    undo = hw.as_f32((exponent - _LARGEST_QUERY_EXPONENT) << 23)
-    power = hw.select(exists, power, hw.f32(0.0))
+    power, undo = query_powers(query_exponent(pieces))
+    return scaled_query(pieces, hw.select(exists, power, hw.f32(0.0))), undo
 
-    def scaled() -> Iterator[list[Reg]]:
-        for part, piece in enumerate(pieces):
-            pack = hw.bf16x2 if part == len(pieces) - 1 else hw.f16x2
-            pairs = map(hw.bf16x2_to_f32, piece)
-            yield [pack(low * power, high * power) for low, high in pairs]
 
-    return scaled(), undo
+def scaled_query(pieces: list[list[Reg]], power: Reg) -> Iterator[list[Reg]]:
+    """The pieces times a power of two, float16 pairs, RoPE bfloat16; computed as they are taken."""
+    for part, piece in enumerate(pieces):
+        pack = hw.bf16x2 if part == len(pieces) - 1 else hw.f16x2
+        pairs = map(hw.bf16x2_to_f32, piece)
+        yield [pack(low * power, high * power) for low, high in pairs]
 
 
 def copy_rows(

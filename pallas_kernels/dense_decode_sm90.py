@@ -52,6 +52,7 @@ from pallas_kernels.split_kv_sm90 import Segment, WorkSplit, merge_segments_sm90
 from pallas_kernels.warp_attention_sm90 import CTA_HEAD_TILES, HEAD_BLOCK, WarpAttention
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
+    GATHER_THREAD,
     TiledConfig,
     WarpgroupAttention,
     WarpgroupTiling,
@@ -130,9 +131,10 @@ def default_config(
     # Shared memory holds 16 tiles of fp8_ds_mla rows or 8 of bfloat16 rows.
     stages = 2 if is_fp8 else 1
     config = DenseDecodeConfig(head_tile, num_stages=stages, kv_cache_format=kv_cache_format)
-    if head_tile == HEAD_BLOCK and batch * capacity <= hw.NUM_SMS * config.tiling.tokens_per_round:
-        # A round for each SM or less: half as many warps wait less for each other.
-        config = dataclasses.replace(config, num_warpgroups=1, num_stages=2 * stages)
+    # Where there are few keys, half as many warps, which wait less for each other, are faster.
+    largest_tile, keys_per_sm, stages = (2, 1024, 3) if is_fp8 else (1, 128, 2)
+    if head_tile <= largest_tile * HEAD_BLOCK and batch * capacity <= hw.NUM_SMS * keys_per_sm:
+        config = dataclasses.replace(config, num_warpgroups=1, num_stages=stages)
     rounds = batch * -(-capacity // config.tiling.tokens_per_round)
     return dataclasses.replace(config, num_ctas=min(max(1, hw.NUM_SMS // groups), rounds))
 
@@ -255,12 +257,12 @@ class _Sequences(CtaAttention):
         base = hw.select(self.segment.final, final, partial)
         hw.store_global(hw.element_address(base, self.result_row(column), 4), [lse])
 
-    def store_out(self, column: Reg, dim: Reg, pair: list[Reg]) -> None:
+    def store_out(self, column: Reg, dim: Reg, pair: list[Reg], offset: int = 0) -> None:
         element = hw.u64(self.result_row(column)) * layout.KV_LORA_RANK + hw.u64(dim)
         with hw.when(self.segment.final):
-            hw.store_global(self.address["out"] + element * 2, [hw.bf16x2(*pair)])
+            hw.store_global(self.address["out"] + element * 2, [hw.bf16x2(*pair)], offset * 2)
         with hw.when(self.segment.partial):
-            hw.store_global(self.address["partial_out"] + element * 4, pair)
+            hw.store_global(self.address["partial_out"] + element * 4, pair, offset * 4)
 
     def prefetch_pages(self, request: Reg) -> None:
         """Brings a sequence's page table to L2."""
@@ -274,15 +276,23 @@ class _Sequences(CtaAttention):
         if split.batch <= split.num_ctas:
             self.prefetch_pages(hw.minimum(self.cta // split.ctas_per_sequence, split.batch - 1))
 
-    def for_each_segment(self, split: WorkSplit, attend: Callable[[Segment], None]) -> None:
-        """Calls `attend` in a loop over the CTA's segments, `self.segment` being it."""
+    def for_each_segment(
+        self, split: WorkSplit, attend: Callable[[Segment], None], writer: int = 0
+    ) -> None:
+        """Calls `attend` in a loop over the CTA's segments, `self.segment` being it.
+
+        Args:
+          split: how the keys are divided.
+          attend: builds the code of one segment.
+          writer: the thread that leaves the plan for `merge_segments_sm90`.
+        """
 
         def body(segment: Segment) -> None:
             self.segment = segment
             attend(segment)
 
         addresses = (self.address["kv_lens"], self.address["segments"])
-        split.for_each_segment(*addresses, self.cta, body)
+        split.for_each_segment(*addresses, self.cta, body, writer)
 
 
 class _FewColumns(_Sequences, WarpAttention):
@@ -322,14 +332,14 @@ class _ManyColumns(_Sequences, WarpgroupAttention):
         self.start()
 
         def gather(segment: Segment) -> None:
-            self.gather_rows(segment.num_units, segment.first_round)
+            self.gather(segment.num_units, segment.first_round, segment.ordinal)
 
         def compute(segment: Segment) -> None:
-            self.attend(segment.num_units, segment.first_round)
+            self.attend(segment.num_units, segment.first_round, segment.ordinal)
 
         self.run_roles(
-            gather=lambda: self.for_each_segment(split, gather),
-            compute=lambda: self.for_each_segment(split, compute),
+            gather=lambda: self.for_each_segment(split, gather, GATHER_THREAD),
+            compute=lambda: self.for_each_segment(split, compute, GATHER_THREAD),
         )
 
 

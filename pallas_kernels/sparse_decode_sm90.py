@@ -20,6 +20,7 @@ us, a round of 1.7, the merge of a CTA's warps 1.1, the second kernel 1.5 to 2.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -195,26 +196,47 @@ class _Problem(NamedTuple):
     topk: int
     num_slots: int  # of the cache
     sm_scale: float
+    num_parts: int  # of the work, see `_Keys`
+    num_ctas: int
 
 
 class _Keys(CtaAttention):
-    """Which keys a CTA, (token, head group, split) = `program`, takes, and where results go."""
+    """Which keys a CTA takes, and where results go.
+
+    The work is divided into `num_parts`, (token, split, head group), of which a CTA takes one or
+    some, one after the other.
+    """
 
     def __init__(
-        self, config: SparseAttentionConfig, problem: _Problem, refs: dict[str, Any], program: Reg
+        self, config: SparseAttentionConfig, problem: _Problem, refs: dict[str, Any], cta: Reg
     ) -> None:
-        self.config, self.problem = config, problem
-        groups = -(-problem.num_heads // config.head_tile)
-        self.group = program % groups
-        self.split = program // groups % config.num_splits
-        self.token = program // (groups * config.num_splits)
+        self.config, self.problem, self.cta = config, problem, cta
         self.address = {
             name: hw.global_address(ref) for name, ref in refs.items() if name != "smem"
         }
+        arguments: dict[str, Any] = {"tiling": config.tiling}
+        super().__init__(
+            **arguments,
+            smem=hw.shared_address(refs["smem"]),
+            kv_cache=self.address["kv_cache"],
+            num_slots=problem.num_slots,
+            rows_per_copy=1,
+            num_columns=problem.num_heads,
+            first_column=hw.u32(0),
+            sm_scale=problem.sm_scale,
+        )
+
+    def take(self, part: Reg) -> None:
+        """Sets what depends on the part of the work."""
+        config, problem = self.config, self.problem
+        groups = -(-problem.num_heads // config.head_tile)
+        self.first_column = part % groups * config.head_tile
+        self.split = part // groups % config.num_splits
+        self.token = part // (groups * config.num_splits)
         self.out_row = (self.token * config.num_splits + self.split) * problem.num_heads
 
         self.length = hw.u32(problem.topk)
-        if "lens" in refs:
+        if "lens" in self.address:
             lens = self.address["lens"]
             (length,) = hw.load_global(hw.element_address(lens, self.token, 4))
             negative = (length >> 31).ne(0)
@@ -224,17 +246,6 @@ class _Keys(CtaAttention):
         self.num_rounds = (
             self.length + (round_tokens - 1) - self.split * config.tokens_per_round
         ) // round_tokens
-        arguments: dict[str, Any] = {"tiling": config.tiling}
-        super().__init__(
-            **arguments,
-            smem=hw.shared_address(refs["smem"]),
-            kv_cache=self.address["kv_cache"],
-            num_slots=problem.num_slots,
-            rows_per_copy=1,
-            num_columns=problem.num_heads,
-            first_column=self.group * config.head_tile,
-            sm_scale=problem.sm_scale,
-        )
 
     def load_slot(self, t: Reg | int) -> Reg:
         """Warps take the list's tiles in turns, all splits' warps together."""
@@ -261,7 +272,7 @@ class _Keys(CtaAttention):
     def store_lse(self, column: Reg, lse: Reg) -> None:
         hw.store_global(hw.element_address(self.address["lse"], self.out_row + column, 4), [lse])
 
-    def store_out(self, column: Reg, dim: Reg, pair: list[Reg]) -> None:
+    def store_out(self, column: Reg, dim: Reg, pair: list[Reg], offset: int = 0) -> None:
         dtype = _out_dtype(self.config)
         itemsize = jnp.dtype(dtype).itemsize
         row = hw.element_address(
@@ -272,13 +283,15 @@ class _Keys(CtaAttention):
             jnp.float16: lambda: [hw.f16x2(*pair)],
             jnp.float32: lambda: pair,
         }[dtype]()
-        hw.store_global(row + hw.u64(dim * itemsize), values)
+        hw.store_global(row + hw.u64(dim * itemsize), values, offset * itemsize)
 
 
 class _FewHeads(_Keys, Fp8WarpAttention):
     """A CTA of up to 32 heads."""
 
     def run(self) -> None:
+        """One part for each CTA."""
+        self.take(self.cta)
         self.attend(self.num_rounds, hw.u32(0), self.init_barriers)
 
 
@@ -295,12 +308,28 @@ class _ManyHeads(_Keys, WarpgroupAttention):
         return hw.f32(1.0)
 
     def run(self) -> None:
+        """Part after part; rows are gathered ahead, beyond the end of a part."""
         self.start()
-        first = hw.u32(0)
         self.run_roles(
-            gather=lambda: self.gather_rows(self.num_rounds, first),
-            compute=lambda: self.attend(self.num_rounds, first),
+            gather=lambda: self.for_each_part(self.gather),
+            compute=lambda: self.for_each_part(self.attend),
         )
+
+    def for_each_part(self, body: Callable[[Reg, Reg, Reg], None]) -> None:
+        """Calls `body(num_tiles, first_tile, index)` in a loop over the CTA's parts."""
+        num_ctas = self.problem.num_ctas
+
+        def one_part(carry: list[Reg]) -> list[Reg]:
+            part, first_tile, index = carry
+            self.take(part)
+            body(self.num_rounds, first_tile, index)
+            return [part + num_ctas, first_tile + self.num_rounds, index + 1]
+
+        first = [self.cta, hw.u32(0), hw.u32(0)]
+        if num_ctas == self.problem.num_parts:
+            one_part(first)
+            return
+        hw.while_loop(lambda carry: carry[0] < self.problem.num_parts, one_part, first)
 
 
 def _out_dtype(config: SparseAttentionConfig) -> Any:
@@ -398,7 +427,10 @@ def _attend(
     if config.is_wide and not final:
         results["unit"] = results["lse"]
     names = (*operands, *results, "smem")
-    problem = _Problem(num_heads, topk, num_slots, sm_scale)
+    num_parts = rows * -(-num_heads // config.head_tile)
+    # A persistent grid where a CTA can gather rows of its next part before it is done with one.
+    num_ctas = min(num_parts, hw.NUM_SMS) if config.is_wide else num_parts
+    problem = _Problem(num_heads, topk, num_slots, sm_scale, num_parts, num_ctas)
 
     def sparse_attention_kernel(*refs: Any) -> None:
         @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))
@@ -415,7 +447,7 @@ def _attend(
         sparse_attention_kernel,
         out_type=list(results.values()),
         scratch_types=[plgpu.SMEM((config.smem_bytes,), jnp.uint8)],
-        grid=(rows * -(-num_heads // config.head_tile),),
+        grid=(num_ctas,),
         grid_names=("cta",),
         num_threads=config.num_warpgroups,
         thread_name="warpgroup",

@@ -66,6 +66,7 @@ class Segment(NamedTuple):
     first_unit: Reg
     num_units: Reg
     first_round: Reg  # units of the CTA's segments before this one
+    ordinal: Reg  # the CTA's segments before this one
     final: Reg  # it is the whole sequence
     partial: Reg  # it is not
     slot: Reg  # where a partial result goes, 0 .. 2 num_ctas - 1
@@ -107,7 +108,12 @@ class WorkSplit:
         return 2 * self.num_ctas
 
     def for_each_segment(
-        self, kv_lens: Reg, segments: Reg, cta: Reg, body: Callable[[Segment], None]
+        self,
+        kv_lens: Reg,
+        segments: Reg,
+        cta: Reg,
+        body: Callable[[Segment], None],
+        writer: int = 0,
     ) -> None:
         """Calls `body` in a loop over the segments of `cta`; every warp must call this.
 
@@ -118,6 +124,7 @@ class WorkSplit:
           segments: address of int32 [batch, 2], written for `merge_segments_sm90`.
           cta: 0 .. num_ctas - 1.
           body: builds the code of one segment; control flow around it is the same in every warp.
+          writer: the thread that writes `segments`.
         """
         lane = hw.thread_index() & 31
         block = -(-self.batch // hw.WARP)  # sequences per lane, one after the other
@@ -146,7 +153,7 @@ class WorkSplit:
         request, position = hw.cond(is_even, first_of_even, [request, request * stride])
 
         def one_sequence(carry: list[Reg]) -> list[Reg]:
-            request, position, first_round = carry
+            request, position, first_round, ordinal = carry
             kv_len, length = self._load_length(kv_lens, request)
             units = self._units(length)
             start = position + cost  # of its first unit
@@ -164,23 +171,25 @@ class WorkSplit:
                         first_unit=first,
                         num_units=num_units,
                         first_round=first_round,
+                        ordinal=ordinal,
                         final=is_first & is_last,
                         partial=first.ne(0) | last.ne(units),
                         slot=cta * 2 + hw.select(is_first, hw.u32(1), zero),
                     )
                 )
                 # Last, since divisions take their time. Every column group of the CTA writes it.
-                with hw.when(is_first & hw.thread_index().eq(0)):
+                with hw.when(is_first & hw.thread_index().eq(writer)):
                     count = (start + units - 1) // share - start // share + 1
                     hw.store_global(hw.element_address(segments, request, 8), [cta, count])
             own = hw.select(units.ne(0), units + cost, zero)
             position = position + hw.select(is_even, own, stride)
-            return [request + 1, position, first_round + num_units]
+            ordinal = ordinal + hw.select(num_units.ne(0), hw.u32(1), zero)
+            return [request + 1, position, first_round + num_units, ordinal]
 
         hw.while_loop(
             lambda carry: (carry[0] < self.batch) & (carry[1] < end),
             one_sequence,
-            [request, position, hw.u32(0)],
+            [request, position, hw.u32(0), hw.u32(0)],
         )
 
     def _load_length(self, kv_lens: Reg, request: Reg) -> tuple[Reg, Reg]:

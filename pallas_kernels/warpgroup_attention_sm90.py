@@ -20,7 +20,11 @@ the tensor cores for values, the other is busy with conversions and exponentials
                                             weights and token scales of a tile ──▶ SMEM ──▶ both
 
 Between the scores and the weights of its tile, a warpgroup takes the values of the tile before:
-that tile's rows are done with early, and what its weights need from the other has arrived.
+that tile's rows are done with early, and what its weights need from the other has arrived. Weights
+have a place for each stage of rows, so that nobody waits for one: it is free when the rows' is.
+
+Queries come in one bulk copy, as they lie, once the scores of the list before are done; the
+computing warps scale and permute them where they are.
 
 Both MMAs have tokens or dims on M and columns on N ("swap-AB"): A comes from raw bytes through
 registers, so no dequantized tile is ever stored. By count, shared memory is busy 2,000 cycles a
@@ -43,11 +47,13 @@ Numbers
   scale, as float16 pairs times 2**6: exact where scales are powers of two, as this project and
   FlashMLA write them; others are rounded to 11 bits, relative to that power. RoPE is multiplied by
   the same power in bfloat16, which is exact, so all 576 dims share one accumulator.
-- float16's range: each query column is scaled by a power of two to 2**14 .. 2**15, undone in the
-  scores. Weights are 2**(score - ceiling): finite in float16, and 2**7 when the ceiling is set. As
-  float16 they meet the token's power, relative to the largest so far. When a ceiling or the power
-  is outgrown, all columns' ceilings are brought up to date, so that this is rare, and both
-  warpgroups rescale their accumulators.
+- float16's range: queries are scaled by the power of two that brings the CTA's largest to 2**14
+  .. 2**15, so that one factor per token makes scores of all columns. A column whose largest value
+  is more than 2**12 times smaller has its own power, which its scores then make up for. Weights
+  are 2**(score - ceiling): finite in float16, and 2**7 when the ceiling is set. As float16 they
+  meet the token's power, relative to the largest so far. When a ceiling or the power is outgrown,
+  all columns' ceilings are brought up to date, so that this is rare, and both warpgroups rescale
+  their accumulators.
 - What this cannot hold: values lose bits where another token of the CTA, weighty or not, has a
   scale more than 2**16 times as large, and all of a 128-dim group loses them where another group of
   the same token has one 2**21 times as large, or where the token's largest is below 2**-49.
@@ -62,10 +68,10 @@ the operands of two chunks of scores or two k-steps of values in flight, 8 or 12
 ahead, the rest addresses and state; 24 for gathering. No spills. Shared memory in bytes:
 
     queries 9 x 64 x 128               73,728
-    P, token scales 2 x 9,216          18,432
+    P, token scales 3 x 9,216          27,648
     raw rows 3 x 64 x 656             125,952
-    column state, maxima, barriers      2,720
-    sum                               220,832
+    column state, maxima, barriers      2,736
+    sum                               230,064
 
 Roofline (H100)
 --------
@@ -92,7 +98,14 @@ from typing import Any, NamedTuple
 
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
-from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention, copy_rows, scale_query
+from pallas_kernels.cta_attention_sm90 import (
+    ROW_TILE,
+    CtaAttention,
+    copy_rows,
+    query_exponent,
+    query_powers,
+    scaled_query,
+)
 from pallas_kernels.hopper import Reg, WgmmaStep
 from pallas_kernels.warp_attention_sm90 import WarpTiling
 
@@ -106,15 +119,22 @@ STAGES = 3
 """Tiles of raw rows in flight."""
 
 _COMPUTE_WARPS = 8
+GATHER_THREAD = _COMPUTE_WARPS * hw.WARP
+"""The first thread of those that gather."""
+
 _ROW = layout.FP8_ROW_BYTES
 _GROUPS = layout.num_scale_tiles(layout.KV_LORA_RANK)
 _SCALES_OFFSET = layout.KV_LORA_RANK
 _ROPE_OFFSET = layout.KV_LORA_RANK + 4 * _GROUPS
 _TILE_BYTES = TILE * _ROW
+_QUERY_BYTES = 2 * layout.LATENT_DIM
 _CHUNKS = layout.LATENT_DIM // 64  # 64-dim columns of Q: 8 latent, 1 RoPE
 _CHUNK_BYTES = COLUMNS * 128
 _BLOCKS = COLUMNS // 8
+_BLOCKS_AHEAD = 4  # whose offsets are read before they are needed
 
+# A column's largest value is this far below the CTA's, as an exponent, or has its own power.
+_QUERY_RANGE = 12
 # Weights are 2**(score - ceiling), finite in float16. A new ceiling leaves 2**8 of 2**15.
 _LARGEST_WEIGHT_EXPONENT = 15
 _MAX_LAG = 8.0
@@ -150,14 +170,16 @@ class _SharedLayout(NamedTuple):
     """Byte offsets in shared memory; matrices of the MMAs at multiples of 1024."""
 
     queries: int = 0  # f16 [chunk, column, 64 permuted dims], swizzled; the last chunk bf16
-    buffers: int = queries + _CHUNKS * _CHUNK_BYTES  # of the two warpgroups
-    rows: int = buffers + 2 * _BUFFER_BYTES  # raw cache rows [stage, token, 656]
-    column_state: int = rows + STAGES * _TILE_BYTES  # f32 [column pair](factor x2, ceiling x2)
-    partial: int = column_state + COLUMNS * 8  # f32 [warp, column]: maxima, sums
+    buffers: int = queries + _CHUNKS * _CHUNK_BYTES  # what warpgroups hand over [stage]
+    rows: int = buffers + STAGES * _BUFFER_BYTES  # raw cache rows [stage, token, 656]
+    offsets: int = rows + STAGES * _TILE_BYTES  # f32 [column]: minus its ceiling
+    relative: int = offsets + COLUMNS * 4  # f32 [column]: its queries' power, see `store_queries`
+    partial: int = relative + COLUMNS * 4  # f32 [warp, column]: maxima, sums
     scale: int = partial + _COMPUTE_WARPS * COLUMNS * 4  # u32 bits; the warps' of a tile
     masks: int = scale + 16 + 2 * 16  # u32 [stage, row warp]: which rows are keys
-    barriers: int = masks + STAGES * 16  # mbarrier: rows full, rows free [stage], weights [2]
-    end: int = barriers + 8 * (2 * STAGES + 2)
+    # mbarrier: rows full, rows free [stage], weights full [warpgroup], queries full, queries free
+    barriers: int = masks + STAGES * 16
+    end: int = barriers + 8 * (2 * STAGES + 4)
 
 
 _SMEM = _SharedLayout()
@@ -241,7 +263,7 @@ def _inverse_power(bits: Reg) -> Reg:
 class WarpgroupAttention(CtaAttention):
     """A CTA of 64 columns.
 
-    `start`, then `gather_rows` in the gathering warpgroup and `attend` in the computing ones, both
+    `start`, then `gather` in the gathering warpgroup and `attend` in the computing ones, both
     for the same lists of keys, one after the other: `first_tile` counts the tiles of all lists
     before, from which the mbarriers' phases follow.
     """
@@ -255,6 +277,8 @@ class WarpgroupAttention(CtaAttention):
         self.rows_full = self.smem + _SMEM.barriers
         self.rows_free = self.rows_full + 8 * STAGES
         self.weights_full = self.rows_free + 8 * STAGES
+        self.queries_full = self.weights_full + 8 * 2
+        self.queries_free = self.queries_full + 8
 
     def store_unit(self, column: Reg, unit: Reg) -> Reg:
         """What the results are to be multiplied by, for an output in natural units `unit`.
@@ -266,9 +290,17 @@ class WarpgroupAttention(CtaAttention):
         return unit
 
     def visible(self, scores: list[list[Reg]], mask: Reg, t: Reg) -> list[list[Reg]]:
-        """As `CtaAttention`'s, in tiles that need it; `sm_scale` is not in the scores yet."""
+        """As `CtaAttention`'s, and with the columns' own powers; in tiles that need either."""
         masked = super().visible
-        return hw.cond(mask.ne(0xFFFFFFFF), lambda: masked(scores, mask, t), scores)
+
+        def adjusted() -> list[list[Reg]]:
+            result = []
+            for n, block in enumerate(scores):
+                relative = self.load_columns(_SMEM.relative, n)
+                result.append([x * relative[i % 2] for i, x in enumerate(block)])
+            return masked(result, mask, t)
+
+        return hw.cond(mask.ne(0xFFFFFFFF) | (self.query_unit < 0.0), adjusted, scores)
 
     # ---- start
 
@@ -280,6 +312,8 @@ class WarpgroupAttention(CtaAttention):
                 hw.mbarrier_init(self.rows_free + 8 * stage, _COMPUTE_WARPS * hw.WARP)
             for owner in range(2):
                 hw.mbarrier_init(self.weights_full + 8 * owner, 1)
+            hw.mbarrier_init(self.queries_full, 1)
+            hw.mbarrier_init(self.queries_free, _COMPUTE_WARPS * hw.WARP)
             hw.fence_async_proxy()
         hw.cta_sync()
 
@@ -294,8 +328,10 @@ class WarpgroupAttention(CtaAttention):
 
     # ---- gather
 
-    def gather_rows(self, num_tiles: Reg, first_tile: Reg) -> None:
-        """Copies one list's tiles into the stages, as these become free."""
+    def gather(self, num_tiles: Reg, first_tile: Reg, index: Reg) -> None:
+        """Copies one list's queries and tiles to shared memory, as their places become free."""
+        with hw.when(self.row_warp.eq(0)):
+            self.copy_queries(index)
         row = self.row_warp * ROW_TILE + (self.lane & (ROW_TILE - 1))
 
         def one_tile(t: Reg, slot: Reg) -> Reg:
@@ -329,77 +365,106 @@ class WarpgroupAttention(CtaAttention):
 
     # ---- queries
 
-    def store_queries(self) -> None:
-        """Scales and permutes the columns, half of a computing warp's at a time."""
-        at_once, rounds = 4, COLUMNS // _COMPUTE_WARPS // 4
+    def copy_queries(self, index: Reg) -> None:
+        """Starts copying the list's queries, one behind the other as they lie; one warp.
 
-        def columns(i: Reg) -> list[Reg]:
-            return [self.warp + (i * at_once + k) * _COMPUTE_WARPS for k in range(at_once)]
+        Where `store_queries` stores them permuted, when the scores of the list before are done.
+        """
+        with hw.when(index.ne(0)):
+            hw.mbarrier_wait(self.queries_free, (index - 1) & 1)
+        with hw.when(self.lane.eq(0)):
+            num_bytes = self.num_queries() * _QUERY_BYTES
+            hw.mbarrier_arrive_expect(self.queries_full, num_bytes)
+            source = self.query_address(self.first_column)
+            hw.copy_row_to_shared(self.smem + _SMEM.queries, source, num_bytes, self.queries_full)
 
-        def load(i: Reg) -> list[list[list[Reg]]]:
-            return [self.load_query(column) for column in columns(i)]
+    def num_queries(self) -> Reg:
+        """The CTA's columns that exist."""
+        return hw.minimum(self.num_columns - self.first_column, COLUMNS)
 
-        def batch(i: Reg, loaded: list[list[list[Reg]]]) -> list[list[list[Reg]]]:
-            following = load(hw.minimum(i + 1, rounds - 1))
-            for column, pieces in zip(columns(i), loaded, strict=True):
-                self.store_query(column, pieces)
-            return following
+    def store_queries(self, index: Reg) -> None:
+        """Scales and permutes the columns in place; every eighth is a warp's.
 
-        hw.for_loop(hw.u32(rounds), load(hw.u32(0)), batch)
+        All are scaled by the same power of two, so that `query_unit` is the factor of all scores.
+        Columns that this would leave too small get a power of their own; then `query_unit` is
+        negative, and `visible` makes up for it.
+        """
+        hw.mbarrier_wait(self.queries_full, index & 1)
+        columns = [self.warp + i * _COMPUTE_WARPS for i in range(COLUMNS // _COMPUTE_WARPS)]
+        loaded = [self.load_query(column) for column in columns]
+        exponents = [query_exponent(pieces) for pieces in loaded]
+        # What is not finite spoils its own column only.
+        finite = [hw.select(e.eq(255), hw.u32(0), e) for e in exponents]
+        exchanged = self.smem + _SMEM.partial
+        with hw.when(self.lane.eq(0)):
+            largest = functools.reduce(hw.maximum_u32, finite)
+            hw.store_shared(exchanged + self.warp * 4, [largest])
+        self.compute_sync()
+        words = [w for half in range(2) for w in hw.load_shared(exchanged, 16 * half)]
+        common = functools.reduce(hw.maximum_u32, words)
 
-    def store_query(self, column: Reg, pieces: list[list[Reg]]) -> None:
-        """Scales a column to float16's range and stores it in the order of the scores' k.
+        is_uneven = hw.u32(0).ne(0)
+        for column, pieces, exponent in zip(columns, loaded, exponents, strict=True):
+            # Columns of zeros do not mind.
+            is_small = (exponent + _QUERY_RANGE < common) & (exponent > 15)
+            is_uneven = is_uneven | is_small
+            self.store_query(column, pieces, hw.select(is_small, exponent, common), common)
+        _, undo = query_powers(common)
+        # Not 0 where it underflows: a masked score stays -inf.
+        unit = hw.maximum(undo * (self.sm_scale * hw.LOG2_E), hw.f32(2.0**-126))
+        hw.fence_async_proxy()
+        is_uneven = hw.named_barrier_any(hw.u32(_COMPUTE_BARRIER), GATHER_THREAD, is_uneven)
+        self.query_unit = hw.select(is_uneven, 0.0 - unit, unit)
+
+    def load_query(self, column: Reg) -> list[list[Reg]]:
+        """A column of the CTA in the order of the scores' k, 8 dims per lane and piece.
 
         In the scores, lane c of four holds 16 consecutive latent bytes, or 8 + 8 RoPE elements, of
         a token, and k-step s takes four of them, b = 4 s + 2 h + e, as columns 8 h + 2 c + e. So
-        16-byte piece 2 s + h of Q's row takes one word of each of four lanes: a 4 x 4 transpose.
+        16-byte piece 2 s + h of Q's row, which is lane 2 s + h's here, has one word of each c.
         """
+        # Columns that do not exist become zeros; not times what a NaN may have been.
+        column = hw.minimum(column, self.num_queries() - 1)
+        row = self.smem + _SMEM.queries + column * _QUERY_BYTES
+        latent = row + ((self.lane >> 4) * 64 + (self.lane & 15)) * 4
+        rope = row + (self.lane & 7) * 4
+
+        def load(address: Reg, offset: int, distance: int) -> list[Reg]:
+            return [hw.load_shared(address, offset + distance * c, words=1)[0] for c in range(4)]
+
+        return [load(latent, 0, 64), load(latent, 512, 64), load(rope, 1024, 32)]
+
+    def store_query(self, column: Reg, pieces: list[list[Reg]], exponent: Reg, common: Reg) -> None:
+        """Scales a column by the power of its exponent, and stores it and its state."""
+        power, _ = query_powers(exponent)
         exists = self.first_column + column < self.num_columns
-        scaled, undo = scale_query(pieces, exists)
         row = self.smem + _SMEM.queries + column * 128
+        place = (self.lane & 7) ^ (column & 7)
+        scaled = scaled_query(pieces, hw.select(exists, power, hw.f32(0.0)))
         for part, words in enumerate(scaled):
-            if part == 2:  # RoPE; lane = 2 c + half
-                words = self.transpose_words(words, 2)
-                c, upper, chunk = self.lane >> 1 & 3, self.lane & 1, hw.u32(_CHUNKS - 1)
-            else:  # lane = 16 group + 4 c + 2 half + upper
-                words = self.transpose_words(words, 4)
-                c, upper = self.lane >> 2 & 3, self.lane & 1
-                chunk = (self.lane >> 4) * 2 + (self.lane >> 1 & 1) + 4 * part
-            place = (upper * 4 + c) ^ (column & 7)
+            chunk = hw.u32(_CHUNKS - 1) if part == 2 else (self.lane >> 3) + 4 * part
             hw.store_shared(row + chunk * _CHUNK_BYTES + place * 16, words)
         with hw.when(self.lane.eq(0)):
-            state = self.column_state(column)
-            # Not 0 where it underflows: a masked score stays -inf.
-            factor = hw.maximum(undo * (self.sm_scale * hw.LOG2_E), hw.f32(2.0**-126))
-            hw.store_shared(state, [factor])
-            hw.store_shared(state, [hw.f32(_NO_MAXIMUM)], 8)
-
-    def transpose_words(self, words: list[Reg], distance: int) -> list[Reg]:
-        """Among four lanes, `distance` apart: word i of lane c <- word c of lane i."""
-        w0, w1, w2, w3 = words
-        upper = (self.lane & 2 * distance).ne(0)
-        x, y = (
-            hw.shuffle_xor(hw.select(upper, a, b), 2 * distance) for a, b in ((w0, w2), (w1, w3))
-        )
-        w0, w1, w2, w3 = (hw.select(upper, a, b) for a, b in ((x, w0), (y, w1), (w2, x), (w3, y)))
-        upper = (self.lane & distance).ne(0)
-        x, y = (hw.shuffle_xor(hw.select(upper, a, b), distance) for a, b in ((w0, w1), (w2, w3)))
-        return [hw.select(upper, a, b) for a, b in ((x, w0), (w1, x), (y, w2), (w3, y))]
+            state = self.smem + column * 4
+            behind = hw.minimum(common - exponent, 126)
+            hw.store_shared(state, [(127 - behind) << 23], _SMEM.relative)
+            hw.store_shared(state, [hw.f32(-_NO_MAXIMUM)], _SMEM.offsets)
 
     # ---- scores
 
-    def buffer(self, owner: Reg) -> Reg:
-        """Where warpgroup `owner` leaves the weights of its tiles: every other one."""
-        return self.smem + _SMEM.buffers + owner * _BUFFER_BYTES
+    def buffer(self, tile: Reg) -> Reg:
+        """Where the tile's weights lie. When its rows are there, it is free, as their place was."""
+        return self.smem + _SMEM.buffers + tile % STAGES * _BUFFER_BYTES
 
     def warpgroup_sync(self) -> None:
         hw.named_barrier(self.warpgroup + _WARPGROUP_BARRIER, 128)
 
-    def scores(self, row: Reg, mask: Reg, t: Reg) -> tuple[list[list[Reg]], list[Reg]]:
-        """S^T [block][4], before the columns' factors; -inf for keys that are not seen.
+    def scores(self, row: Reg, mask: Reg, t: Reg) -> tuple[list[list[Reg]], list[Reg], list[Reg]]:
+        """S^T [block][4], before the rows' factors; -inf for keys that are not seen.
 
-        Also the powers of two, as bits, of the two tokens' largest scales. Values relative to these
-        are float16's, so that all dims share one accumulator.
+        Also the powers of two, as bits, of the two tokens' largest scales, and the factors that
+        make log2 units of the two rows. Values relative to the powers are float16's, so that all
+        dims share one accumulator.
         """
         keys = row + self.c * 32
         queries = hw.matrix_descriptor(self.smem + _SMEM.queries)
@@ -449,21 +514,14 @@ class WarpgroupAttention(CtaAttention):
                 hw.wgmma_wait(1)
         acc = hw.wgmma_wait(0, acc)
 
-        undo = [hw.as_f32(powers[r]) * 2.0**-_VALUE_HEADROOM for r in range(2)]
-        total = [acc[i] * undo[i // 2 % 2] for i in range(32)]
+        unit = hw.as_f32(hw.as_u32(self.query_unit) & 0x7FFFFFFF) * 2.0**-_VALUE_HEADROOM
+        factors = [hw.maximum(hw.as_f32(power) * unit, hw.f32(2.0**-126)) for power in powers]
+        blocks = [acc[4 * n : 4 * n + 4] for n in range(_BLOCKS)]
+        return self.visible(blocks, mask, t), powers, factors
 
-        blocks = [total[4 * n : 4 * n + 4] for n in range(_BLOCKS)]
-        return self.visible(blocks, mask, t), powers
-
-    def column_state(self, column: Reg) -> Reg:
-        """Address of a column's factor; its ceiling is 8 bytes on."""
-        return self.smem + _SMEM.column_state + (column >> 1) * 16 + (column & 1) * 4
-
-    def load_column_state(self, n: int) -> tuple[list[Reg], list[Reg]]:
-        """Factors and ceilings of this lane's two columns of block n."""
-        address = self.smem + _SMEM.column_state + self.c * 16
-        f0, f1, c0, c1 = hw.load_shared_f32(address, n * 64)
-        return [f0, f1], [c0, c1]
+    def load_columns(self, array: int, n: int) -> list[Reg]:
+        """Of one of `_SMEM`'s float32 [column], this lane's two columns of block n."""
+        return hw.load_shared_f32(self.smem + array + self.c * 8, n * 32, words=2)
 
     def reduce_over_rows(self, values: list[list[Reg]], combine: Any) -> list[Reg]:
         """[block][2] of all lanes -> the columns 2 lane, 2 lane + 1, over the warp's rows.
@@ -484,9 +542,9 @@ class WarpgroupAttention(CtaAttention):
         return blocks[0]
 
     def weigh(
-        self, tile: Reg, x: list[list[Reg]], powers: list[Reg]
+        self, tile: Reg, x: list[list[Reg]], powers: list[Reg], factors: list[Reg]
     ) -> tuple[list[list[Reg]], Reg]:
-        """From scores to published weights and token scales.
+        """From scores, powers and factors to published weights and token scales.
 
         This warpgroup has taken the values of the tile before, so the ceilings are that tile's. The
         weights are stored before all warps know that the ceilings hold, and again where they do
@@ -496,10 +554,7 @@ class WarpgroupAttention(CtaAttention):
           The weights' sums [block][2] over this lane's tokens, and whether the tile has raised
           ceilings or scale.
         """
-        tile, buffer = hw.recomputed(tile), self.buffer(self.warpgroup)
-        with hw.when(tile > 1):
-            # All warps are done with what the buffer held.
-            hw.mbarrier_wait(self.rows_free + (tile - 2) % STAGES * 8, (tile - 2) // STAGES & 1)
+        buffer = self.buffer(tile)
         scale_address = self.smem + _SMEM.scale
         own = self.load_token_scales(tile)
         (scale,) = hw.load_shared(scale_address, words=1)
@@ -507,7 +562,7 @@ class WarpgroupAttention(CtaAttention):
             buffer,
             scale,
             powers,
-            lambda n, i, factors, ceilings: x[n][i] * factors[i % 2] - ceilings[i % 2],
+            lambda n, i, offset: hw.fma(x[n][i], factors[i // 2], offset),
         )
         self.store_token_scales(buffer, own, powers)
         hw.fence_async_proxy()
@@ -519,17 +574,14 @@ class WarpgroupAttention(CtaAttention):
         def raised() -> list[list[Reg]]:
             # Rounded products, since the ceiling is one of them: as a fused one, an enormous score
             # may be far above its own rounding.
-            scores = []
-            for n in range(_BLOCKS):
-                factors, _ = self.load_column_state(n)
-                scores.append([hw.multiply(x[n][i], factors[i % 2]) for i in range(4)])
+            scores = [[hw.multiply(y, factors[i // 2]) for i, y in enumerate(b)] for b in x]
             self.raise_ceilings(buffer, scores, powers, scale)
             (new_scale,) = hw.load_shared(scale_address, words=1)
             sums, _ = self.store_weights(
                 buffer,
                 new_scale,
                 powers,
-                lambda n, i, factors, ceilings: scores[n][i] - ceilings[i % 2],
+                lambda n, i, offset: scores[n][i] + offset,
             )
             hw.fence_async_proxy()
             self.warpgroup_sync()
@@ -557,8 +609,8 @@ class WarpgroupAttention(CtaAttention):
             hw.store_shared(scale_address + self.warp * 4, [power], 16)
         self.warpgroup_sync()
         with hw.when(in_warpgroup < COLUMNS):
-            state = self.column_state(in_warpgroup)
-            (old,) = hw.load_shared_f32(state, 8, words=1)
+            offset = self.smem + in_warpgroup * 4
+            old = 0.0 - hw.load_shared_f32(offset, _SMEM.offsets, words=1)[0]
             largest = functools.reduce(
                 hw.maximum,
                 [
@@ -571,7 +623,7 @@ class WarpgroupAttention(CtaAttention):
             # Where scores are so large that float32 does not hold the difference, weights must stay
             # in range all the same.
             new = hw.select(largest - new > _LARGEST_WEIGHT_EXPONENT, largest, new)
-            hw.store_shared(state, [new], 8)
+            hw.store_shared(offset, [0.0 - new], _SMEM.offsets)
             hw.store_shared(buffer + in_warpgroup * 4, [hw.exp2(old - new)], _BUFFER.decay)
         theirs = hw.load_shared(scale_address + self.warpgroup * 16, 16)
         new_scale = functools.reduce(hw.maximum_u32, theirs, scale)
@@ -605,13 +657,13 @@ class WarpgroupAttention(CtaAttention):
         buffer: Reg,
         scale: Reg,
         powers: list[Reg],
-        exponent: Callable[[int, int, list[Reg], list[Reg]], Reg],
+        exponent: Callable[[int, int, Reg], Reg],
     ) -> tuple[list[list[Reg]], Reg]:
         """For the values: weights times the tokens' powers, relative to the scale.
 
-        `exponent(n, i, factors, ceilings)` is the log2 of weight i of block n, given its columns'
-        state. Returns the weights' sums [block][2] over this lane's tokens, and the largest weights
-        as a pair of float16 bits, before they are multiplied.
+        `exponent(n, i, offset)` is the log2 of weight i of block n, given its column's offset.
+        Returns the weights' sums [block][2] over this lane's tokens, and the largest weights as a
+        pair of float16 bits, before they are multiplied.
         """
         token_factors = []
         for r in range(2):
@@ -622,17 +674,15 @@ class WarpgroupAttention(CtaAttention):
         piece = (self.row_warp * 2 + (matrix & 1)) ^ column
         address = buffer + _BUFFER.weights + ((matrix >> 1) * 8 + column) * 128 + piece * 16
 
-        def load(k: int) -> list[tuple[list[Reg], list[Reg]]]:
-            return [self.load_column_state(n) for n in (2 * k, 2 * k + 1)]
-
-        sums, largest, last = [], hw.u32(0), _BLOCKS // 2 - 1
-        loaded = load(0)
-        for k in range(last + 1):
-            columns, pairs = loaded, []
-            if k < last:
-                loaded = load(k + 1)
-            for n, state in zip((2 * k, 2 * k + 1), columns, strict=True):
-                weights = [hw.exp2(exponent(n, i, *state)) for i in range(4)]
+        sums, largest = [], hw.u32(0)
+        loaded = [self.load_columns(_SMEM.offsets, n) for n in range(_BLOCKS_AHEAD)]
+        for k in range(_BLOCKS // 2):
+            pairs = []
+            for n in (2 * k, 2 * k + 1):
+                offsets = loaded.pop(0)
+                if n + _BLOCKS_AHEAD < _BLOCKS:
+                    loaded.append(self.load_columns(_SMEM.offsets, n + _BLOCKS_AHEAD))
+                weights = [hw.exp2(exponent(n, i, offsets[i % 2])) for i in range(4)]
                 sums.append([weights[h] + weights[2 + h] for h in range(2)])
                 pairs += [hw.f16x2(*weights[2 * r : 2 * r + 2]) for r in range(2)]
             largest = functools.reduce(hw.maximum_u16x2, pairs, largest)
@@ -640,11 +690,11 @@ class WarpgroupAttention(CtaAttention):
             hw.store_matrices_transposed(address + k * 16 * 128, values)
         return sums, largest
 
-    def decayed(self, sums: list[Reg], owner: Reg, raised: Reg) -> list[Reg]:
-        """The sums under the ceilings that the owner's last tile has raised, if it has."""
+    def decayed(self, sums: list[Reg], tile: Reg, raised: Reg) -> list[Reg]:
+        """The sums under the ceilings that the tile has raised, if it has."""
 
         def decayed() -> list[Reg]:
-            address = self.buffer(owner) + self.lane * 8
+            address = self.buffer(tile) + self.lane * 8
             decay = hw.load_shared_f32(address, _BUFFER.decay, words=2)
             return [a * b for a, b in zip(sums, decay, strict=True)]
 
@@ -658,7 +708,7 @@ class WarpgroupAttention(CtaAttention):
     def wait_for_rows(self, tile: Reg) -> None:
         hw.mbarrier_wait(self.rows_full + tile % STAGES * 8, tile // STAGES & 1)
 
-    def scores_of(self, tile: Reg, first_tile: Reg) -> tuple[list[list[Reg]], list[Reg]]:
+    def scores_of(self, tile: Reg, first_tile: Reg) -> tuple[list[list[Reg]], list[Reg], list[Reg]]:
         """`scores`, once the tile's rows are there."""
         tile = hw.recomputed(tile)
         self.wait_for_rows(tile)
@@ -672,16 +722,15 @@ class WarpgroupAttention(CtaAttention):
 
     # ---- values
 
-    def wait_for_weights(self, tile: Reg, owner: Reg) -> Reg:
-        """Waits for what `owner` publishes; whether the tile has raised ceilings or scale."""
-        hw.mbarrier_wait(self.weights_full + owner * 8, tile // 2 & 1)
-        (flag,) = hw.load_shared(self.buffer(owner), _BUFFER.flag, words=1)
+    def wait_for_weights(self, tile: Reg) -> Reg:
+        """Waits for the other warpgroup's; whether the tile has raised ceilings or scale."""
+        hw.mbarrier_wait(self.weights_full + (self.warpgroup ^ 1) * 8, tile // 2 & 1)
+        (flag,) = hw.load_shared(self.buffer(tile), _BUFFER.flag, words=1)
         return flag.ne(0)
 
     def values(
         self,
         tile: Reg,
-        owner: Reg,
         raised: Reg,
         acc: list[list[Reg]],
         meanwhile: Callable[[], list[Reg]],
@@ -690,12 +739,11 @@ class WarpgroupAttention(CtaAttention):
 
         Args:
           tile: the tile, whose weights are there.
-          owner: the warpgroup whose weights they are.
           raised: whether they have raised ceilings or scale.
           acc: O^T.
           meanwhile: what to do while the first MMAs run; its result is returned, too.
         """
-        stage, buffer = tile % STAGES, self.buffer(owner)
+        stage, buffer = tile % STAGES, self.buffer(tile)
 
         def rescaled() -> list[list[Reg]]:
             (ratio,) = hw.load_shared(buffer, _BUFFER.flag + 4, words=1)
@@ -761,50 +809,45 @@ class WarpgroupAttention(CtaAttention):
 
     # ---- the computing warpgroups
 
-    def attend(self, num_tiles: Reg, first_tile: Reg) -> None:
+    def attend(self, num_tiles: Reg, first_tile: Reg, index: Reg) -> None:
         """Attention of the columns over one list of keys, up to the stored result.
 
         Args:
           num_tiles: tiles of the list.
           first_tile: tiles of all lists before it.
+          index: lists before it.
         """
         zero = hw.f32(0.0)
         with hw.when(self.thread.eq(0)):
             hw.store_shared(self.smem, [hw.u32(_SMALLEST_SCALE_EXPONENT << 23)], _SMEM.scale)
-        self.store_queries()
-        hw.fence_async_proxy()
-        self.compute_sync()
+        self.store_queries(index)
 
         # A warpgroup's steps: the scores of its next tile; the values of the tile before, which is
         # the other's; the weights and the values of its own.
-        own, other = self.warpgroup, self.warpgroup ^ 1
-        parity = (first_tile ^ own) & 1
+        parity = (first_tile ^ self.warpgroup) & 1
 
         def others(tile: Reg, acc: Any, sums: list[Reg]) -> Any:
             tile = hw.recomputed(tile)
-            self.wait_for_rows(tile)
-            raised = self.wait_for_weights(tile, other)
-            return self.values(tile, other, raised, acc, lambda: self.decayed(sums, other, raised))
+            raised = self.wait_for_weights(tile)  # and so, for the rows
+            return self.values(tile, raised, acc, lambda: self.decayed(sums, tile, raised))
 
         def step(m: Reg, carry: Any) -> Any:
             acc, sums = carry
             t = m * 2 + parity
             tile = first_tile + t
-            x, powers = self.scores_of(tile, first_tile)
+            x, powers, factors = self.scores_of(tile, first_tile)
             acc, sums = hw.cond(t.ne(0), lambda: others(tile - 1, acc, sums), (acc, sums))
-            new, raised = self.weigh(tile, x, powers)
+            tile = hw.recomputed(tile)
+            new, raised = self.weigh(tile, x, powers, factors)
             return self.values(
-                hw.recomputed(tile),
-                own,
-                raised,
-                acc,
-                lambda: self.add_sums(self.decayed(sums, own, raised), new),
+                tile, raised, acc, lambda: self.add_sums(self.decayed(sums, tile, raised), new)
             )
 
         state = ([[zero] * 32 for _ in range(4)], [zero, zero])
         acc, sums = hw.for_loop((num_tiles + 1 - parity) // 2, state, step)
+        hw.mbarrier_arrive(self.queries_free)
         last = first_tile + num_tiles - 1
-        is_behind = num_tiles.ne(0) & ((last ^ own) & 1).ne(0)
+        is_behind = num_tiles.ne(0) & ((last ^ self.warpgroup) & 1).ne(0)
         acc, sums = hw.cond(is_behind, lambda: others(last, acc, sums), (acc, sums))
         self.finish(acc, sums)
 
@@ -826,7 +869,8 @@ class WarpgroupAttention(CtaAttention):
                     for w in range(_COMPUTE_WARPS)
                 ],
             )
-            (ceiling,) = hw.load_shared_f32(self.column_state(self.thread), 8, words=1)
+            offset = self.smem + self.thread * 4
+            ceiling = 0.0 - hw.load_shared_f32(offset, _SMEM.offsets, words=1)[0]
             (scale,) = hw.load_shared_f32(self.smem, _SMEM.scale, words=1)
             column = self.first_column + self.thread
             normalizer = denominator
@@ -841,12 +885,14 @@ class WarpgroupAttention(CtaAttention):
             hw.store_shared(factors + self.thread * 4, [inverse * unit])
         self.compute_sync()
 
+        first = self.first_column + self.c * 2
         dim = self.warpgroup * (layout.KV_LORA_RANK // 2) + self.row_warp * 32 + self.g * 2
         for n in range(_BLOCKS):
             factor = hw.load_shared_f32(factors + self.c * 8, n * 32, words=2)
             for h in range(2):
-                column = self.first_column + (8 * n + h) + self.c * 2
-                with hw.when(column < self.num_columns):
+                column = 8 * n + h
+                with hw.when(first + column < self.num_columns):
                     for b in range(4):
                         pair = [acc[b][4 * n + i] * factor[h] for i in (h, 2 + h)]
-                        self.store_out(column, dim + (128 * (b // 2) + 16 * (b % 2)), pair)
+                        dims = 128 * (b // 2) + 16 * (b % 2)
+                        self.store_out(first, dim, pair, column * layout.KV_LORA_RANK + dims)

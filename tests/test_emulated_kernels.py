@@ -14,6 +14,7 @@ from pallas_kernels import (
     SparseAttentionConfig,
     cache_write_sm90,
     dense_decode_sm90,
+    hopper,
     sparse_attention_sm90,
 )
 from pallas_kernels.warpgroup_attention_sm90 import WarpgroupAttention
@@ -144,6 +145,25 @@ def test_enormous_scores_whose_difference_float32_hardly_holds(config):
 @pytest.mark.parametrize("config", [FEW, sparse.WIDE], ids=sparse.config_id)
 def test_tokens_without_weight_do_not_cost_the_others_their_bits(config):
     sparse.test_tokens_without_weight_do_not_cost_the_others_their_bits(config)
+
+
+@pytest.mark.parametrize("config", [FEW, sparse.WIDE], ids=sparse.config_id)
+@pytest.mark.parametrize("factor", [2.0**60, np.nan])
+def test_what_one_head_s_query_is_does_not_change_the_others(factor, config):
+    sparse.test_what_one_head_s_query_is_does_not_change_the_others(factor, config)
+
+
+def test_queries_of_bfloat16_s_range():
+    sparse.test_queries_of_bfloat16_s_range(64, 2.0**-30)
+
+
+def test_lists_one_behind_the_other(monkeypatch):
+    """More parts of the work than CTAs: rows and queries are gathered beyond the end of a part."""
+    monkeypatch.setattr(hopper, "NUM_SMS", 2)
+    arguments, options = sparse_problem(np.random.default_rng(3), 150, 200)
+    assert_bitwise_equal(
+        [sparse.check(*arguments, **options, config=sparse.WIDE, seed=seed) for seed in range(3)]
+    )
 
 
 def test_a_query_of_zeros_averages():

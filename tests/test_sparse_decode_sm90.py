@@ -482,6 +482,21 @@ def test_queries_of_bfloat16_s_range(heads, magnitude):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", [CONFIGS[0], WIDE], ids=config_id)
+@pytest.mark.parametrize("factor", [0.0, 2.0**60, np.inf, np.nan])
+def test_what_one_head_s_query_is_does_not_change_the_others(factor, config):
+    """64 columns are scaled by the largest one's power of two, if they can be."""
+    rng = np.random.default_rng(21)
+    cache = random_rows(rng, 640).reshape(10, 64, ROW)
+    indices = rng.integers(-1, 640, (2, 200)).astype(np.int32)
+    q = random_queries(rng, 2, 8)
+    actual = run(q.at[:, 5].multiply(factor), cache, indices, config=config)
+    rows = oracle.cache_rows(cache)
+    expected = oracle.sparse_attention(np.asarray(q), rows, indices, sm_scale=SM_SCALE)
+    assert_attention_close(*(np.delete(x, 5, axis=1) for x in (*actual, *expected)))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], WIDE, CONFIGS[-2]], ids=config_id)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("score", [1.4 * 2.0**27, 2.0**108])
