@@ -76,19 +76,20 @@ ahead, the rest addresses and state; 24 for gathering. No spills. Shared memory 
 Roofline (H100)
 --------
 A tile of 64 rows is 2,176 cycles of tensor work, 1.3 us, and 2.2 us of random rows for every SM.
-Measured: 3,370 cycles a tile in long lists. Of a warpgroup's 6,750 for two tiles, its scores take
-1,920, the values of two tiles 1,300 each, its weights 1,260 (530 where the tensor cores are idle),
-waits the rest. Alone on an SM, one warpgroup's scores (8 chunks) take 1,425 cycles, 1,077 of them
-MMAs, and a tile's values 1,038, 559 of them MMAs; two at once take 2,280 and 1,333, near the tensor
-cores' rate. From one list to the next 13,000 cycles pass, 7,000 of them for the queries.
+Measured: about 3,200 cycles a tile in long lists, and 8,000 from one list to the next, 3,000 of
+them for the queries and 3,300 for the output. Alone on an SM, one warpgroup's scores (8 chunks)
+take 1,425 cycles, 1,077 of them MMAs, and a tile's values 1,038, 559 of them MMAs; two at once take
+2,280 and 1,333, near the tensor cores' rate. Beside the other's MMAs, the weights' instructions
+take twice as long as alone, so that their number matters more than their order.
 
 Form
 ----
 As in `warp_attention_sm90`, the loop is inline. Forms that were tried: one warpgroup for all scores
 and two for the values (2.7 us a tile: the scores' chain of conversions, MMAs and exponentials is
 not overlapped with itself), one accumulator per 128 dims of the scores, as there (3.0 us: it takes
-the registers that let conversions run beside MMAs), and weights before the values of the tile
-before (2.5 us). Plain orientation with a dequantizing warpgroup: 133 us for 128 tokens.
+the registers that let conversions run beside MMAs), weights before the values of the tile before
+(2.5 us), and weights between the MMAs of these (4% slower than after them). Plain orientation with
+a dequantizing warpgroup: 133 us for 128 tokens.
 """
 
 import dataclasses
