@@ -18,3 +18,5 @@ from mla_jax.modules import MLAConfig as MLAConfig
 from mla_jax.modules import MultiHeadLatentAttention as MultiHeadLatentAttention
 from mla_jax.modules import SparseMultiHeadLatentAttention as SparseMultiHeadLatentAttention
 from mla_jax.sharding import tensor_parallel as tensor_parallel
+
+__version__ = "0.1.0"

@@ -93,7 +93,12 @@ def mla_sparse_attention(
     """
     cache = _as_cache(kv_cache)
     q, topk_indices, topk_lens, attn_sink = as_arrays(
-        q=q, topk_indices=topk_indices, topk_lens=topk_lens, attn_sink=attn_sink
+        "topk_lens",
+        "attn_sink",
+        q=q,
+        topk_indices=topk_indices,
+        topk_lens=topk_lens,
+        attn_sink=attn_sink,
     )
     sm_scale = _check_common(q, 3, "[tokens, num_q_heads, {}]", cache, sm_scale, attn_sink)
     tokens = q.shape[0]
@@ -180,7 +185,7 @@ def mla_decode(
     """
     cache = _as_cache(kv_cache)
     q, page_indices, kv_lens, attn_sink = as_arrays(
-        q=q, page_indices=page_indices, kv_lens=kv_lens, attn_sink=attn_sink
+        "attn_sink", q=q, page_indices=page_indices, kv_lens=kv_lens, attn_sink=attn_sink
     )
     sm_scale = _check_common(q, 4, "[batch, q_len, num_q_heads, {}]", cache, sm_scale, attn_sink)
     _check_pages(page_indices, kv_lens, q.shape[0])
@@ -254,6 +259,7 @@ def mla_prefill(
     """
     cache = _as_cache(kv_cache)
     q, page_indices, kv_lens, cu_q_lens, attn_sink = as_arrays(
+        "attn_sink",
         q=q,
         page_indices=page_indices,
         kv_lens=kv_lens,
@@ -290,14 +296,20 @@ def _no_kernel(op: str) -> _Bound:
 # Validation
 
 
-def as_arrays(**arguments: Any) -> list[Any]:
-    """NumPy arrays, which page tables often are, as jax arrays; None stays None.
+def as_arrays(*optional: str, **arguments: Any) -> list[Any]:
+    """NumPy arrays, which page tables often are, as jax arrays.
+
+    Args:
+      *optional: names of the arguments that may be None, and stay it.
+      **arguments: the arguments, by name.
 
     Raises:
       ValueError: for what is no array, and for integers that a jax array of 32 bits would wrap.
     """
     for name, x in arguments.items():
-        if x is not None and not hasattr(x, "dtype"):
+        if x is None and name in optional:
+            continue
+        if not hasattr(x, "dtype"):
             raise ValueError(f"{name}={x!r} must be an array; wrap it in jnp.asarray")
         if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
             continue

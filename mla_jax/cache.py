@@ -19,7 +19,7 @@ it in place where the old one is donated.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from mla_jax.dispatch import Implementation, dispatch
-from pallas_kernels import layout
+from pallas_kernels import cache_write_sm90, layout
 
 KVCacheFormat = Literal["fp8_ds_mla", "bfloat16", "float32"]
 
@@ -199,11 +199,9 @@ class LatentCache:
         layout.check_scale_format(scale_format)
         if format not in _FORMAT_DTYPES:
             raise ValueError(f"{format=} must be one of {tuple(_FORMAT_DTYPES)}")
-        if num_pages < 1 or page_size < 1 or kv_lora_rank < 1 or qk_rope_head_dim < 0:
-            raise ValueError(
-                f"{num_pages=}, {page_size=}, {kv_lora_rank=} must be positive and"
-                f" {qk_rope_head_dim=} not negative"
-            )
+        check_sizes(num_pages=num_pages, page_size=page_size, kv_lora_rank=kv_lora_rank)
+        if qk_rope_head_dim:  # an indexer's keys have none
+            check_sizes(qk_rope_head_dim=qk_rope_head_dim)
         row = _row_size(format, kv_lora_rank, qk_rope_head_dim)
         data = jnp.zeros((num_pages, page_size, row), _FORMAT_DTYPES[format], device=sharding)
         return cls(data, kv_lora_rank, qk_rope_head_dim, scale_format)
@@ -337,6 +335,13 @@ def _write_xla(cache: LatentCache, kv_c: Array, k_pe: Array, slots: Array) -> Ar
     return _as_rows(cache).at[slots].set(rows, mode="drop").reshape(cache.data.shape)
 
 
+def check_sizes(**sizes: Any) -> None:
+    """Raises ValueError, naming the argument, unless all are positive integers."""
+    for name, size in sizes.items():
+        if not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(f"{name}={size!r} must be a positive integer")
+
+
 def _as_rows(cache: LatentCache) -> Array:
     return cache.data.reshape(cache.num_slots, cache.data.shape[2])
 
@@ -349,8 +354,6 @@ def _row_size(format: KVCacheFormat, kv_lora_rank: int, qk_rope_head_dim: int) -
 
 
 def _write_kernel(cache: LatentCache) -> Callable[[Array, Array, Array, Array], Array]:
-    from pallas_kernels import cache_write_sm90
-
     if cache.format != "fp8_ds_mla":
         raise NotImplementedError(
             f'kv_cache format {cache.format}: implementation="mosaic_gpu" writes fp8_ds_mla only;'
@@ -371,8 +374,7 @@ def allocate_pages(
     Raises:
       ValueError: for an empty batch, a negative length or a page size that is not positive.
     """
-    if page_size < 1:
-        raise ValueError(f"{page_size=} must be positive")
+    check_sizes(page_size=page_size)
     if not len(max_lens) or min(max_lens) < 0:
         raise ValueError(f"{max_lens=} must hold one length, not negative, per sequence")
     counts = [-(-n // page_size) for n in max_lens]

@@ -312,8 +312,10 @@ def load_model(
       FileNotFoundError: if the directory lacks a file.
       CheckpointError: for unknown or missing tensors, wrong shapes, dtypes or truncated files; it
         names tensor and file. A ValueError.
-      ValueError: for a config.json that is not supported.
+      ValueError: for a config.json that is not supported, or a dtype that is not floating-point.
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{dtype=} must be a floating-point type, such as bfloat16")
     directory = pathlib.Path(directory)
     config = ModelConfig.from_file(directory / "config.json")
     if mesh is None and model_axis in jax.sharding.get_abstract_mesh().axis_names:
@@ -354,7 +356,8 @@ def load_model(
 
 def _sharding(variable: Any, mesh: Mesh | None) -> jax.sharding.Sharding:
     if mesh is None:
-        return SingleDeviceSharding(jax.local_devices()[0])
+        (device,) = jnp.zeros(()).devices()  # the default one, however it was chosen
+        return SingleDeviceSharding(device)
     spec = variable.get_metadata().get("out_sharding") or PartitionSpec()
     return NamedSharding(mesh, spec)
 

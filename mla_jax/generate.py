@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
-from mla_jax.cache import KVCacheFormat, allocate_pages
+from mla_jax.cache import KVCacheFormat, allocate_pages, check_sizes
 from mla_jax.models import CausalLM
 from mla_jax.models.causal_lm import LayerCache
 
@@ -186,18 +186,20 @@ class Generator:
         decode_chunk_size: int = 8,
         eos_token_ids: Sequence[int] | None = None,
     ):
-        if min(page_size, prefill_chunk_size, decode_chunk_size) < 1:
-            raise ValueError(
-                f"{page_size=}, {prefill_chunk_size=} and {decode_chunk_size=} must be positive"
-            )
+        check_sizes(
+            page_size=page_size,
+            prefill_chunk_size=prefill_chunk_size,
+            decode_chunk_size=decode_chunk_size,
+        )
         self.model = model
         self.kv_cache_format: KVCacheFormat = kv_cache_format
         self.page_size = page_size
         self.prefill_chunk_size = prefill_chunk_size
         self.decode_chunk_size = decode_chunk_size
-        self.eos_token_ids = tuple(
-            model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
-        )
+        ids = model.config.eos_token_ids if eos_token_ids is None else eos_token_ids
+        if np.ndim(ids) != 1 or (len(ids) and np.asarray(ids).dtype.kind not in "iu"):
+            raise ValueError(f"{eos_token_ids=} must be a sequence of token ids, such as (2,)")
+        self.eos_token_ids = tuple(map(int, ids))
         self._graphdef, self._params = nnx.split(model)
         self._sharding = model.parallelism.replicated_sharding()
         self._programs: collections.OrderedDict[Any, jax.stages.Compiled] = (
@@ -405,13 +407,14 @@ class Generation:
 
 
 def _check_prompts(prompts: Prompts, max_new_tokens: int, model: CausalLM) -> None:
+    if not all(hasattr(prompt, "__len__") and np.ndim(prompt) == 1 for prompt in prompts):
+        raise ValueError(f"{prompts=} must be one sequence of token ids per prompt")
     # len(): a batch may be an array, too.
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError(
             f"prompts of lengths {[len(p) for p in prompts]}: give at least one prompt, none empty"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"{max_new_tokens=} must be at least 1")
+    check_sizes(max_new_tokens=max_new_tokens)
     vocab_size = model.config.vocab_size
     for i, prompt in enumerate(prompts):
         ids = np.asarray(prompt)

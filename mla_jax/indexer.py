@@ -10,7 +10,7 @@ from flax.typing import PrecisionLike
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mla_jax.cache import LatentCache, logical_to_physical
+from mla_jax.cache import LatentCache, check_sizes, logical_to_physical
 from mla_jax.reference import walk_sequences
 from mla_jax.rope import RopeConfig, apply_rope
 from pallas_kernels.hopper import as_varying_as
@@ -42,9 +42,7 @@ class IndexerConfig:
     rope_interleaved: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "head_dim", "topk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        check_sizes(num_heads=self.num_heads, head_dim=self.head_dim, topk=self.topk)
 
 
 class Indexer(nnx.Module):

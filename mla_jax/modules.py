@@ -38,7 +38,7 @@ from mla_jax.attention import (
     mla_prefill,
     mla_sparse_attention,
 )
-from mla_jax.cache import KVCacheFormat, LatentCache, logical_to_physical
+from mla_jax.cache import KVCacheFormat, LatentCache, check_sizes, logical_to_physical
 from mla_jax.dispatch import Implementation
 from mla_jax.indexer import Indexer, IndexerConfig
 from mla_jax.rope import RopeConfig, apply_rope
@@ -77,10 +77,15 @@ class MLAConfig:
     indexer: IndexerConfig | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            size = getattr(self, field.name)
-            if isinstance(size, int) and size < 1:
-                raise ValueError(f"{field.name}={size} must be positive")
+        check_sizes(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            q_lora_rank=1 if self.q_lora_rank is None else self.q_lora_rank,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_nope_head_dim=self.qk_nope_head_dim,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            v_head_dim=self.v_head_dim,
+        )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"{self.qk_rope_head_dim=} must be even: RoPE rotates pairs")
         if self.indexer is None:
@@ -161,7 +166,7 @@ class _Tokens:
             )
         # NumPy arrays, which page tables often are, as jax arrays.
         page_indices, kv_lens, cu_q_lens = as_arrays(
-            page_indices=page_indices, kv_lens=kv_lens, cu_q_lens=cu_q_lens
+            "cu_q_lens", page_indices=page_indices, kv_lens=kv_lens, cu_q_lens=cu_q_lens
         )
         check_indices("kv_lens", kv_lens, (None,), "[batch]")
         batch = kv_lens.shape[0]
@@ -579,6 +584,12 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
             raise ValueError(
                 f"{cache.index_keys is None=} but {self.indexer is None=}: make the cache of each"
                 " layer with its own init_cache"
+            )
+        pages = cache.latent.data.shape[:2]
+        if cache.index_keys is not None and cache.index_keys.data.shape[:2] != pages:
+            raise ValueError(
+                f"{cache.index_keys.data.shape=} and {cache.latent.data.shape=} must have the same"
+                " pages: make both with init_cache"
             )
         if (self.indexer is None) == (topk_indices is None):
             raise ValueError(

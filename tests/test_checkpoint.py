@@ -316,3 +316,16 @@ def test_no_tensor_outlives_its_file(copy):
     model = load_model(directory, dtype=jnp.float32)
     shutil.rmtree(directory)
     assert_same(model, load_model(checkpoint_dir("deepseek_v3"), dtype=jnp.float32))
+
+
+def test_a_dtype_of_integers_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a floating-point type"):
+        load_model(tmp_path, dtype=jnp.int8)
+
+
+def test_without_a_mesh_parameters_lie_on_the_default_device():
+    device = jax.devices()[3]
+    with jax.default_device(device):
+        model = load_model(checkpoint_dir("deepseek_v3"))
+    (leaf, *_) = jax.tree.leaves(nnx.state(model))
+    assert leaf.devices() == {device}

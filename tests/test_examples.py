@@ -95,7 +95,7 @@ def test_all_devices_that_divide_the_model_are_used(decode):
         (["--tensor-parallel=3"], "not divisible by the 3 devices"),
         (["--tensor-parallel=0"], "--tensor-parallel 0 must be at least 1"),
         (["--prompt-ids=/nowhere.json"], "/nowhere.json"),
-        (["--max-new-tokens=0"], "max_new_tokens=0 must be at least 1"),
+        (["--max-new-tokens=0"], "max_new_tokens=0 must be a positive integer"),
         (["--page-size=0"], "page_size=0"),
         (["--implementation=mosaic_gpu"], "mosaic_gpu needs a Hopper GPU; this machine's"),
     ],

@@ -36,12 +36,12 @@ def generator(case, tensor_parallel=1, axis_type=AxisType.Auto, **kwargs):
 
 @pytest.mark.parametrize("tensor_parallel", [1, 8], ids=["TP1", "TP8"])
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_tokens_are_those_of_transformers(case, tensor_parallel):
+def test_greedy_tokens_are_those_of_transformers(case, tensor_parallel, monkeypatch):
     data, gen = expected(case), generator(case, tensor_parallel)
     # All prompts in one chunk, and chunks that straddle them. (One chunk under tensor parallelism:
     # tests/test_models.py.)
     for chunk_size in (80, 7) if tensor_parallel == 1 else (7,):
-        gen.prefill_chunk_size = chunk_size
+        monkeypatch.setattr(gen, "prefill_chunk_size", chunk_size)
         run = gen.generate(prompts(case), NEW)
         np.testing.assert_allclose(run.prefill_logits, data["logits"][:, -1], atol=1e-3, rtol=0)
         assert run.run() == data["generated"].tolist()
@@ -53,9 +53,9 @@ def test_greedy_tokens_on_an_explicit_mesh():
 
 
 @pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v32_dsa"])
-def test_unequal_prompts_do_not_influence_each_other(case):
+def test_unequal_prompts_do_not_influence_each_other(case, monkeypatch):
     gen = generator(case)
-    gen.prefill_chunk_size = 16
+    monkeypatch.setattr(gen, "prefill_chunk_size", 16)
     long, short = prompts(case, (40, 17))
     together = gen.generate([long, short], NEW).run()
     assert together[0] == expected(case)["generated"][0].tolist()
@@ -338,7 +338,9 @@ def test_prompts_are_packed_end_to_end():
     [
         ([], 1, "give at least one prompt"),
         ([[1], []], 1, r"lengths \[1, 0\]"),
-        ([[1]], 0, "max_new_tokens=0 must be at least 1"),
+        ([[1]], 0, "max_new_tokens=0 must be a positive integer"),
+        ([[1]], 2.5, r"max_new_tokens=2\.5 must be a positive integer"),
+        ([1, 2], 1, r"prompts=\[1, 2\] must be one sequence of token ids per prompt"),
         ([[1], [5, 320]], 1, r"prompts\[1\] has token id 320; vocab_size=320"),
         ([[1.7, 2.2]], 1, r"prompts\[0\] has token id 1\.7; vocab_size=320"),
         ([[1]], 4096, "make 4097 tokens; the model's context holds 4096"),
@@ -349,9 +351,18 @@ def test_bad_requests_are_named(batch, new, message):
         generator("deepseek_v3").generate(batch, new)
 
 
-def test_sizes_must_be_positive():
-    with pytest.raises(ValueError, match="decode_chunk_size=0"):
-        Generator(load("deepseek_v3"), decode_chunk_size=0)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"decode_chunk_size": 0}, "decode_chunk_size=0 must be a positive integer"),
+        ({"page_size": 2.5}, r"page_size=2\.5 must be a positive integer"),
+        ({"eos_token_ids": 5}, "eos_token_ids=5 must be a sequence of token ids"),
+        ({"eos_token_ids": (2.5,)}, r"eos_token_ids=\(2\.5,\) must be a sequence"),
+    ],
+)
+def test_bad_options_are_named(option, message):
+    with pytest.raises(ValueError, match=message):
+        Generator(load("deepseek_v3"), **option)
 
 
 def test_generation_is_exported_for_annotations():

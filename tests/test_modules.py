@@ -355,8 +355,10 @@ def test_mistakes_are_named():
         MultiHeadLatentAttention(CONFIG, mesh=make_mesh(3), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="axis 'heads' is not an axis of the mesh"):
         MultiHeadLatentAttention(CONFIG, mesh=make_mesh(2), head_axis="heads", rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="num_heads=0 must be positive"):
+    with pytest.raises(ValueError, match="num_heads=0 must be a positive integer"):
         MLAConfig(hidden_size=8, num_heads=0)
+    with pytest.raises(ValueError, match=r"num_heads=2\.5 must be a positive integer"):
+        MLAConfig(hidden_size=8, num_heads=2.5)
     with pytest.raises(ValueError, match="q_lora_rank=None with an indexer"):
         MLAConfig(hidden_size=8, num_heads=1, indexer=IndexerConfig(4))
     with pytest.raises(ValueError, match="needs both"):
@@ -364,6 +366,10 @@ def test_mistakes_are_named():
     _, sparse_cache = paged(sparse())
     with pytest.raises(ValueError, match="own init_cache"):
         sparse()(x, SparseCache(sparse_cache.latent, None), **tokens)
+    index_keys = sparse_cache.index_keys
+    other = dataclasses.replace(index_keys, data=index_keys.data[:, :-1])
+    with pytest.raises(ValueError, match="must have the same pages"):
+        sparse()(x, SparseCache(sparse_cache.latent, other), **tokens)
 
 
 def test_linen_users_reach_it_through_the_bridge():
