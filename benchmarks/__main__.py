@@ -80,7 +80,7 @@ Row = dict[str, Any]
 
 
 @functools.cache
-def make_cache(pool_tokens: int, kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla") -> jax.Array:
+def make_cache(pool_tokens: int, kv_cache_format: layout.RowFormat = "fp8_ds_mla") -> jax.Array:
     @jax.jit
     def make() -> jax.Array:
         keys = jax.random.split(jax.random.key(0), 3)
@@ -263,7 +263,7 @@ def dense_row(
     name: str,
     *,
     with_xla: bool,
-    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla",
+    kv_cache_format: layout.RowFormat = "fp8_ds_mla",
 ) -> Row:
     keys, row_bytes = sum(lens), layout.ROW_BYTES[kv_cache_format]
     pages = sum(-(-length // PAGE_SIZE) for length in lens)
@@ -428,7 +428,7 @@ def all_rows() -> Iterator[Planned]:
     for heads in (8, 16, 64, 128):
         yield from decode(heads)
         yield sparse(heads, PREFILL_TOKENS, PREFILL_POOL_TOKENS, heads == 8)
-    formats: tuple[tuple[layout.KVCacheFormat, Any], ...] = (
+    formats: tuple[tuple[layout.RowFormat, Any], ...] = (
         ("fp8_ds_mla", DENSE_SHAPES),
         ("bfloat16", DENSE_BFLOAT16_SHAPES),
     )

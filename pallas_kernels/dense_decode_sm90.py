@@ -83,7 +83,7 @@ class DenseDecodeConfig(TiledConfig):
     num_warpgroups: int = 2
     num_stages: int = 2
     segment_cost: int = 2
-    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla"
+    kv_cache_format: layout.RowFormat = "fp8_ds_mla"
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_ctas <= MAX_CTAS:
@@ -110,7 +110,7 @@ def default_config(
     batch: int,
     num_columns: int,
     capacity: int,
-    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla",
+    kv_cache_format: layout.RowFormat = "fp8_ds_mla",
 ) -> DenseDecodeConfig:
     """What measured fastest on an H100: one wave of the largest CTAs that fit.
 
@@ -484,7 +484,7 @@ def _validate(
     page_indices: jax.Array,
     kv_lens: jax.Array,
     attn_sink: jax.Array | None,
-) -> layout.KVCacheFormat:
+) -> layout.RowFormat:
     """Checks the arguments; returns the cache's format."""
     if q.ndim != 4 or kv_cache.ndim != 3 or page_indices.ndim != 2:
         raise ValueError(

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 ScaleFormat = Literal["power_of_two", "exact"]
 """How a writer chooses the scale of a tile: amax / 448 rounded up to a power of two, or itself."""
 
-KVCacheFormat = Literal["fp8_ds_mla", "bfloat16"]
+RowFormat = Literal["fp8_ds_mla", "bfloat16"]
 """Formats of a cache that a kernel reads."""
 
 KV_LORA_RANK = 512
@@ -68,7 +68,7 @@ def fp8_row_bytes(kv_lora_rank: int, qk_rope_head_dim: int) -> int:
 FP8_ROW_BYTES = fp8_row_bytes(KV_LORA_RANK, QK_ROPE_HEAD_DIM)
 """656."""
 
-ROW_BYTES: dict[KVCacheFormat, int] = {"fp8_ds_mla": FP8_ROW_BYTES, "bfloat16": 2 * LATENT_DIM}
+ROW_BYTES: dict[RowFormat, int] = {"fp8_ds_mla": FP8_ROW_BYTES, "bfloat16": 2 * LATENT_DIM}
 """Bytes of a row: 656 and 1,152."""
 
 

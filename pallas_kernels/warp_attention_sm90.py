@@ -144,7 +144,7 @@ class WarpTiling:
     head_tile: int
     num_warpgroups: int = 2
     num_stages: int = 2
-    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla"
+    kv_cache_format: layout.RowFormat = "fp8_ds_mla"
 
     def __post_init__(self) -> None:
         if self.head_tile not in CTA_HEAD_TILES:

@@ -235,7 +235,7 @@ class TiledConfig:
     head_tile: int
     num_warpgroups: int
     num_stages: int
-    kv_cache_format: layout.KVCacheFormat = "fp8_ds_mla"
+    kv_cache_format: layout.RowFormat = "fp8_ds_mla"
 
     @property
     def is_wide(self) -> bool:
