@@ -144,6 +144,9 @@ def tensor_parallel(
 
 
 def _reshard(tree: Any, mesh: _Mesh, spec: P) -> Any:
+    """`jax.sharding.reshard` over the Explicit axes; others may not be named to it."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    spec = P(*(axis if types.get(axis) == AxisType.Explicit else None for axis in spec))
     sharding = NamedSharding(mesh, spec)  # pyright: ignore[reportArgumentType]
     return jax.tree.map(lambda x: jax.sharding.reshard(x, sharding), tree)
 

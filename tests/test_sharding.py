@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +51,11 @@ def cases(heads, topk=24):
 CASES = cases(HEADS)
 
 
-def make_mesh(shape, names, axis_type):
+def make_mesh(shape, names, axis_types):
     devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape), devices=devices)
+    if not isinstance(axis_types, tuple):
+        axis_types = (axis_types,) * len(shape)
+    return jax.make_mesh(shape, names, axis_types=axis_types, devices=devices)
 
 
 def check_equal(got, expected):
@@ -81,11 +84,15 @@ def test_same_numbers_on_any_number_of_devices(name, num_devices, axis_type):
     assert shard.shape[-2] == HEADS // num_devices
 
 
-@pytest.mark.parametrize("axis_type", AXIS_TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "axis_types",
+    list(itertools.product(AXIS_TYPES, AXIS_TYPES)),
+    ids=lambda types: "-".join(t.name for t in types),
+)
 @pytest.mark.parametrize("name", ["sparse", "decode"])
-def test_batch_over_a_second_axis(name, axis_type):
+def test_batch_over_a_second_axis(name, axis_types):
     op, args, kwargs = CASES[name]
-    mesh = make_mesh((2, 4), ("data", "model"), axis_type)
+    mesh = make_mesh((2, 4), ("data", "model"), axis_types)
     sharded = tensor_parallel(op, mesh=mesh, batch_axis="data")
     got = sharded(*args, sm_scale=0.07, return_lse=True, **kwargs)
     check_equal(got, expected_of(name))
