@@ -233,11 +233,16 @@ class Parallelism:
         return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
 
     def replicated_sharding(self) -> NamedSharding | None:
-        """Every device of the mesh; None without one. Not for use while tracing."""
+        """Every device of the mesh; None without one."""
         if isinstance(self.mesh, Mesh):
             return NamedSharding(self.mesh, P())
-        in_context = self.axis in jax.sharding.get_abstract_mesh().axis_names
-        return NamedSharding(jax.sharding.get_mesh(), P()) if in_context else None
+        context = jax.sharding.get_abstract_mesh()
+        if self.axis not in context.axis_names:
+            return None
+        try:
+            return NamedSharding(jax.sharding.get_mesh(), P())
+        except ValueError:  # while tracing, where the abstract mesh is enough
+            return NamedSharding(context, P())  # pyright: ignore[reportArgumentType]
 
     def on_each_device(self, f: Callable[..., Any]) -> Callable[..., Any]:
         """`f` on whole arrays, once per device, out of the partitioner's hands."""

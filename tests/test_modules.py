@@ -283,6 +283,19 @@ def test_tensor_parallelism_gives_the_same_numbers(make, mesh_name):
         np.testing.assert_allclose(have, want, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("make", [dense, sparse])
+@pytest.mark.parametrize("mesh_name", ["auto-8", "explicit-8"])
+def test_caches_can_be_made_under_jit_and_a_mesh(make, mesh_name):
+    with jax.set_mesh(MESHES[mesh_name]()):
+        module = type(make())(make().config, rngs=nnx.Rngs(0))
+        cache = jax.jit(lambda: module.init_cache(4))()
+        abstract = jax.eval_shape(lambda: module.init_cache(4))
+    for leaf, expected in zip(*map(jax.tree.leaves, (cache, abstract)), strict=True):
+        assert leaf.sharding.is_fully_replicated
+        assert len(leaf.devices()) == 8
+        assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype)
+
+
 def test_a_mesh_can_be_given_and_its_axis_named():
     mesh = jax.make_mesh((4,), ("tp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     module = MultiHeadLatentAttention(CONFIG, mesh=mesh, head_axis="tp", rngs=nnx.Rngs(0))
