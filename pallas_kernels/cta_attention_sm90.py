@@ -17,6 +17,8 @@ ROW_TILE = 16
 """Cache rows that a warp gathers, or takes scores of, at a time."""
 
 _LARGEST_QUERY_EXPONENT = 14
+SMALLEST_QUERY_EXPONENT = _LARGEST_QUERY_EXPONENT + 1
+"""Biased by 127; see `query_powers`."""
 
 
 class CtaAttention(abc.ABC):
@@ -75,7 +77,10 @@ class CtaAttention(abc.ABC):
 
     @abc.abstractmethod
     def query_address(self, column: Reg) -> Reg:
-        """Where the column's 576 bfloat16 values lie."""
+        """Where the column's 576 bfloat16 values lie; a CTA's columns follow each other.
+
+        A multiple of 16 bytes: queries are copied in bulk.
+        """
 
     @abc.abstractmethod
     def load_sink(self, column: Reg) -> Reg | None:
@@ -127,9 +132,7 @@ class CtaAttention(abc.ABC):
 
 
 def query_exponent(pieces: list[list[Reg]]) -> Reg:
-    """The exponent, biased by 127, of a query's largest value.
-
-    Not below 15, from which on `query_powers` has inverses; 255 where a value is not finite.
+    """The exponent, biased by 127, of a query's largest value; 255 where a value is not finite.
 
     Args:
       pieces: the query's bfloat16 pairs, over the lanes of a warp.
@@ -138,12 +141,14 @@ def query_exponent(pieces: list[list[Reg]]) -> Reg:
     for piece in pieces:
         for word in piece:
             largest = hw.maximum_u16x2(largest, word & 0x7FFF7FFF)
-    largest = hw.reduce_max_u32(hw.maximum_u32(largest & 0xFFFF, largest >> 16))
-    return hw.maximum_u32(largest >> 7, _LARGEST_QUERY_EXPONENT + 1)
+    return hw.reduce_max_u32(hw.maximum_u32(largest & 0xFFFF, largest >> 16)) >> 7
 
 
 def query_powers(exponent: Reg) -> tuple[Reg, Reg]:
-    """The power of two that brings values of this exponent to 2**14 .. 2**15, and its inverse."""
+    """The power of two that brings values of this exponent to 2**14 .. 2**15, and its inverse.
+
+    Exponents are not below `SMALLEST_QUERY_EXPONENT`: smaller ones have no such inverse.
+    """
     power = hw.as_f32((2 * 127 + _LARGEST_QUERY_EXPONENT - exponent) << 23)
     return power, hw.as_f32((exponent - _LARGEST_QUERY_EXPONENT) << 23)
 
@@ -159,7 +164,8 @@ def scale_query(pieces: list[list[Reg]], exists: Reg) -> tuple[Iterator[list[Reg
       The pieces times the power, float16 pairs, RoPE bfloat16; computed as they are taken. And the
       power's inverse.
     """
-    power, undo = query_powers(query_exponent(pieces))
+    exponent = hw.maximum_u32(query_exponent(pieces), SMALLEST_QUERY_EXPONENT)
+    power, undo = query_powers(exponent)
     return scaled_query(pieces, hw.select(exists, power, hw.f32(0.0))), undo
 
 

@@ -56,7 +56,9 @@ Numbers
   their accumulators.
 - What this cannot hold: values lose bits where another token of the CTA, weighty or not, has a
   scale more than 2**16 times as large, and all of a 128-dim group loses them where another group of
-  the same token has one 2**21 times as large, or where the token's largest is below 2**-49.
+  the same token has one 2**21 times as large, or where the token's largest is below 2**-49. Where
+  the largest query, times sm_scale and a token's scale, leaves float32's range, all columns are
+  lost.
 - The row of a key without a slot is never read from the cache: it is zeros in shared memory, its
   score -inf.
 - No atomics, one fixed order of everything: bitwise deterministic.
@@ -65,7 +67,8 @@ Budgets
 -------
 240 registers a thread of the computing warpgroups (`setmaxnreg`): 128 for O^T, 32 for S^T, 32 for
 the operands of two chunks of scores or two k-steps of values in flight, 8 or 12 for what is read
-ahead, the rest addresses and state; 24 for gathering. No spills. Shared memory in bytes:
+ahead, the rest addresses and state; 24 for gathering. Some shapes spill up to 48 bytes. Shared
+memory in bytes:
 
     queries 9 x 64 x 128               73,728
     P, token scales 3 x 9,216          27,648
@@ -101,6 +104,7 @@ from pallas_kernels import hopper as hw
 from pallas_kernels import layout
 from pallas_kernels.cta_attention_sm90 import (
     ROW_TILE,
+    SMALLEST_QUERY_EXPONENT,
     CtaAttention,
     copy_rows,
     query_exponent,
@@ -402,19 +406,23 @@ class WarpgroupAttention(CtaAttention):
             hw.store_shared(exchanged + self.warp * 4, [largest])
         self.compute_sync()
         words = [w for half in range(2) for w in hw.load_shared(exchanged, 16 * half)]
-        common = functools.reduce(hw.maximum_u32, words)
+        common = hw.maximum_u32(functools.reduce(hw.maximum_u32, words), SMALLEST_QUERY_EXPONENT)
 
         is_uneven = hw.u32(0).ne(0)
         for column, pieces, exponent in zip(columns, loaded, exponents, strict=True):
-            # Columns of zeros do not mind.
-            is_small = (exponent + _QUERY_RANGE < common) & (exponent > 15)
+            is_small = exponent.ne(0) & (exponent + _QUERY_RANGE < common)
             is_uneven = is_uneven | is_small
-            self.store_query(column, pieces, hw.select(is_small, exponent, common), common)
+            # As far below as float32 has powers to make up for it.
+            own = hw.maximum_u32(exponent, SMALLEST_QUERY_EXPONENT) + 126
+            own = hw.maximum_u32(own, common) - 126
+            self.store_query(column, pieces, hw.select(is_small, own, common), common)
         _, undo = query_powers(common)
-        # Not 0 where it underflows: a masked score stays -inf.
+        # Not 0 where it underflows, so that it has a sign.
         unit = hw.maximum(undo * (self.sm_scale * hw.LOG2_E), hw.f32(2.0**-126))
         hw.fence_async_proxy()
-        is_uneven = hw.named_barrier_any(hw.u32(_COMPUTE_BARRIER), GATHER_THREAD, is_uneven)
+        is_uneven = hw.named_barrier_any(
+            hw.u32(_COMPUTE_BARRIER), hw.WARP * _COMPUTE_WARPS, is_uneven
+        )
         self.query_unit = hw.select(is_uneven, 0.0 - unit, unit)
 
     def load_query(self, column: Reg) -> list[list[Reg]]:
@@ -447,8 +455,7 @@ class WarpgroupAttention(CtaAttention):
             hw.store_shared(row + chunk * _CHUNK_BYTES + place * 16, words)
         with hw.when(self.lane.eq(0)):
             state = self.smem + column * 4
-            behind = hw.minimum(common - exponent, 126)
-            hw.store_shared(state, [(127 - behind) << 23], _SMEM.relative)
+            hw.store_shared(state, [(127 + exponent - common) << 23], _SMEM.relative)
             hw.store_shared(state, [hw.f32(-_NO_MAXIMUM)], _SMEM.offsets)
 
     # ---- scores
@@ -516,6 +523,7 @@ class WarpgroupAttention(CtaAttention):
         acc = hw.wgmma_wait(0, acc)
 
         unit = hw.as_f32(hw.as_u32(self.query_unit) & 0x7FFFFFFF) * 2.0**-_VALUE_HEADROOM
+        # Not 0 where it underflows: a masked score stays -inf.
         factors = [hw.maximum(hw.as_f32(power) * unit, hw.f32(2.0**-126)) for power in powers]
         blocks = [acc[4 * n : 4 * n + 4] for n in range(_BLOCKS)]
         return self.visible(blocks, mask, t), powers, factors
@@ -863,13 +871,13 @@ class WarpgroupAttention(CtaAttention):
         hw.store_shared(partial + self.warp * (COLUMNS * 4) + self.lane * 8, sums)
         self.compute_sync()
         with hw.when(self.thread < COLUMNS):
-            denominator = functools.reduce(
-                lambda a, b: a + b,
-                [
-                    hw.load_shared_f32(partial + self.thread * 4, w * COLUMNS * 4, words=1)[0]
-                    for w in range(_COMPUTE_WARPS)
-                ],
-            )
+            own = [
+                hw.load_shared_f32(partial + self.thread * 4, w * COLUMNS * 4, words=1)[0]
+                for w in range(_COMPUTE_WARPS)
+            ]
+            # The same sum whichever warpgroup the list's first tile was.
+            pairs = [a + b for a, b in zip(own[:4], own[4:], strict=True)]
+            denominator = functools.reduce(lambda a, b: a + b, pairs)
             offset = self.smem + self.thread * 4
             ceiling = 0.0 - hw.load_shared_f32(offset, _SMEM.offsets, words=1)[0]
             (scale,) = hw.load_shared_f32(self.smem, _SMEM.scale, words=1)

@@ -233,6 +233,24 @@ def test_shared_memory_of_bfloat16_rows_adds_up_to_the_documented_budget(head_ti
     assert f"{num_bytes:,}" in " ".join(warp_attention_sm90.__doc__.split())
 
 
+@pytest.mark.parametrize(
+    ("columns", "batch", "capacity", "expected"),
+    [
+        (16, 8, 2048, (16, 132, 1, 3)),
+        (16, 32, 4096, (16, 132, 1, 3)),
+        (16, 64, 4096, (16, 132, 2, 2)),
+        (8, 128, 4096, (8, 132, 2, 2)),
+        (32, 32, 4096, (32, 132, 2, 2)),
+        (64, 128, 4096, (64, 132, 3, 3)),
+        (256, 128, 4096, (64, 33, 3, 3)),
+    ],
+)
+def test_default_config_is_the_one_that_measured_best(columns, batch, capacity, expected):
+    config = default_config(batch, columns, capacity)
+    fields = config.head_tile, config.num_ctas, config.num_warpgroups, config.num_stages
+    assert fields == expected
+
+
 @pytest.mark.parametrize("columns", [1, 8, 9, 16, 20, 32, 33, 64, 256, 1024])
 @pytest.mark.parametrize("kv_cache_format", FORMATS)
 def test_default_config_fits_the_shapes(columns, kv_cache_format):

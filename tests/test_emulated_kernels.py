@@ -153,6 +153,19 @@ def test_what_one_head_s_query_is_does_not_change_the_others(factor, config):
     sparse.test_what_one_head_s_query_is_does_not_change_the_others(factor, config)
 
 
+@pytest.mark.parametrize("config", [FEW, sparse.WIDE], ids=sparse.config_id)
+@pytest.mark.parametrize(
+    ("size", "outlier", "sm_scale"),
+    [
+        (2.0**-1, 3e38, sparse.SM_SCALE),
+        (2.0**-40, 3e38, sparse.SM_SCALE),
+        (2.0**-114, 2.0**-74, 2.0**109),
+    ],
+)
+def test_queries_far_below_another_head_s(size, outlier, sm_scale, config):
+    sparse.test_queries_far_below_another_head_s(size, outlier, sm_scale, config)
+
+
 def test_queries_of_bfloat16_s_range():
     sparse.test_queries_of_bfloat16_s_range(64, 2.0**-30)
 
@@ -161,9 +174,22 @@ def test_lists_one_behind_the_other(monkeypatch):
     """More parts of the work than CTAs: rows and queries are gathered beyond the end of a part."""
     monkeypatch.setattr(hopper, "NUM_SMS", 2)
     arguments, options = sparse_problem(np.random.default_rng(3), 150, 200)
-    assert_bitwise_equal(
-        [sparse.check(*arguments, **options, config=sparse.WIDE, seed=seed) for seed in range(3)]
-    )
+    results = [
+        sparse.check(*arguments, **options, config=sparse.WIDE, seed=seed) for seed in range(3)
+    ]
+    # The same as where each part has a CTA of its own.
+    monkeypatch.undo()
+    with emulated(0):
+        q, cache, indices = arguments
+        out, lse = sparse_attention_sm90(
+            q,
+            jnp.asarray(cache),
+            jnp.asarray(indices),
+            sm_scale=sparse.SM_SCALE,
+            **options,
+            config=sparse.WIDE,
+        )
+    assert_bitwise_equal([*results, (np.asarray(out), np.asarray(lse))])
 
 
 def test_a_query_of_zeros_averages():

@@ -290,10 +290,10 @@ def test_caches_can_be_made_under_jit_and_a_mesh(make, mesh_name):
         module = type(make())(make().config, rngs=nnx.Rngs(0))
         cache = jax.jit(lambda: module.init_cache(4))()
         abstract = jax.eval_shape(lambda: module.init_cache(4))
-    for leaf, expected in zip(*map(jax.tree.leaves, (cache, abstract)), strict=True):
+    for leaf, shape in zip(*map(jax.tree.leaves, (cache, abstract)), strict=True):
         assert leaf.sharding.is_fully_replicated
         assert len(leaf.devices()) == 8
-        assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype)
+        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
 
 
 def test_a_mesh_can_be_given_and_its_axis_named():

@@ -490,10 +490,33 @@ def test_what_one_head_s_query_is_does_not_change_the_others(factor, config):
     cache = random_rows(rng, 640).reshape(10, 64, ROW)
     indices = rng.integers(-1, 640, (2, 200)).astype(np.int32)
     q = random_queries(rng, 2, 8)
-    actual = run(q.at[:, 5].multiply(factor), cache, indices, config=config)
+    check_without_head_5(q, q.at[:, 5].multiply(factor), cache, indices, config)
+
+
+def check_without_head_5(q, changed, cache, indices, config, sm_scale=SM_SCALE):
+    actual = run(changed, cache, indices, sm_scale=sm_scale, config=config)
     rows = oracle.cache_rows(cache)
-    expected = oracle.sparse_attention(np.asarray(q), rows, indices, sm_scale=SM_SCALE)
+    expected = oracle.sparse_attention(np.asarray(q), rows, indices, sm_scale=sm_scale)
     assert_attention_close(*(np.delete(x, 5, axis=1) for x in (*actual, *expected)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [CONFIGS[0], WIDE], ids=config_id)
+@pytest.mark.parametrize(
+    ("size", "outlier", "sm_scale"),
+    [
+        *((2.0**-n, 3e38, SM_SCALE) for n in (0, 1, 6, 40)),
+        (2.0**-114, 2.0**-84, 2.0**109),
+        (2.0**-114, 2.0**-74, 2.0**109),
+    ],
+)
+def test_queries_far_below_another_head_s(size, outlier, sm_scale, config):
+    """As far apart as bfloat16 has numbers; weights differ where sm_scale makes up for the size."""
+    rng = np.random.default_rng(22)
+    cache = random_rows(rng, 640).reshape(10, 64, ROW)
+    indices = rng.integers(-1, 640, (2, 200)).astype(np.int32)
+    q = (random_queries(rng, 2, 8) * size).astype(jnp.bfloat16)
+    check_without_head_5(q, q.at[:, 5].set(outlier), cache, indices, config, sm_scale)
 
 
 @pytest.mark.gpu
@@ -558,7 +581,7 @@ def test_a_query_of_zeros_averages(sm_scale, config):
     rng = np.random.default_rng(8)
     cache = random_rows(rng, 640).reshape(10, 64, ROW)
     indices = rng.integers(-1, 640, (3, 300)).astype(np.int32)
-    q = random_queries(rng, 3, 16).at[:, 5].set(0)
+    q = random_queries(rng, 3, 16).at[:, 5].set(0).at[2].set(0)
     check(q, cache, indices, config=config, sm_scale=sm_scale)
 
 

@@ -136,8 +136,7 @@ def recorded(split, kv_lens, most):
                 with hw.when(hw.thread_index().eq(0)):
                     values = [getattr(segment, name) for name in FIELDS]
                     values[4] = hw.select(segment.final, hw.u32(1), hw.u32(0))
-                    # Segments do not know their number; their units of before are as good.
-                    start = hw.element_address(row, segment.first_round, len(FIELDS) * 4)
+                    start = hw.element_address(row, segment.ordinal, len(FIELDS) * 4)
                     for i, value in enumerate(values):
                         hw.store_global(start, [value], 4 * i)
 
@@ -175,7 +174,7 @@ def test_lowers(batch):
 def check_plan(split, lens):
     """The segments that the device finds are the model's."""
     segments, expected_owners = model(split, lens)
-    most = 1 + max(s[3] for cta in segments for s in cta) if any(segments) else 1
+    most = max(1, *map(len, segments))
     call = jax.jit(lambda x: recorded(split, x, most))
     out, owners = map(np.asarray, call(jnp.asarray(lens, jnp.int32)))
     for cta, expected in enumerate(segments):
