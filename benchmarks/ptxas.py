@@ -5,6 +5,7 @@ have it). The plugin compiles ahead of time for an H100 that is described to it.
 MMAs that it has to serialize (C7512: for want of registers) is printed, too.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -29,8 +30,9 @@ dnn_version_info { major: 9 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-SPARSE = ((8, 128), (16, 128), (24, 128), (32, 128), (64, 128), (64, 8))  # heads, tokens
-DENSE = ((8, 1), (16, 1), (24, 1), (32, 1), (64, 1), (16, 8))  # heads, q_len
+# heads, tokens; sinks and lengths where heads are odd
+SPARSE = ((8, 128), (16, 128), (24, 128), (32, 128), (64, 128), (64, 8), (99, 300))
+DENSE = ((8, 1), (16, 1), (24, 1), (32, 1), (64, 1), (16, 8), (128, 2))  # heads, q_len
 
 
 def compile_all() -> None:
@@ -57,8 +59,13 @@ def compile_all() -> None:
         for heads, tokens in SPARSE:
             q = array((tokens, heads, layout.LATENT_DIM), jnp.bfloat16)
             indices = array((tokens, 2048), jnp.int32)
-            attend = jax.jit(lambda *args: sparse_attention_sm90(*args, sm_scale=0.07))
-            yield f"sparse, {heads} heads, {tokens} tokens", attend.lower(q, cache, indices)
+            attend = jax.jit(functools.partial(sparse_attention_sm90, sm_scale=0.07))
+            options = {
+                "attn_sink": array((heads,), jnp.float32),
+                "topk_lens": array((tokens,), jnp.int32),
+            }
+            lowered = attend.lower(q, cache, indices, **(options if heads % 2 else {}))
+            yield f"sparse, {heads} heads, {tokens} tokens", lowered
         for heads, q_len in DENSE:
             q = array((128, q_len, heads, layout.LATENT_DIM), jnp.bfloat16)
             pages, lens = array((128, 64), jnp.int32), array((128,), jnp.int32)
