@@ -432,7 +432,7 @@ class WarpgroupAttention(CtaAttention):
         a token, and k-step s takes four of them, b = 4 s + 2 h + e, as columns 8 h + 2 c + e. So
         16-byte piece 2 s + h of Q's row, which is lane 2 s + h's here, has one word of each c.
         """
-        # Columns that do not exist become zeros; not times what a NaN may have been.
+        # Columns that do not exist become 0 times the last one; stale bytes may be NaN.
         column = hw.minimum(column, self.num_queries() - 1)
         row = self.smem + _SMEM.queries + column * _QUERY_BYTES
         latent = row + ((self.lane >> 4) * 64 + (self.lane & 15)) * 4
