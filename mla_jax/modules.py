@@ -164,7 +164,6 @@ class _Tokens:
                 f"{x.shape=} must be [batch, q_len, hidden], or [tokens, hidden] with cu_q_lens"
                 f" (given: {cu_q_lens is not None})"
             )
-        # NumPy arrays, which page tables often are, as jax arrays.
         page_indices, kv_lens, cu_q_lens = as_arrays(
             "cu_q_lens", page_indices=page_indices, kv_lens=kv_lens, cu_q_lens=cu_q_lens
         )

@@ -269,8 +269,8 @@ class WarpgroupAttention(CtaAttention):
     """A CTA of 64 columns.
 
     `start`, then `gather` in the gathering warpgroup and `attend` in the computing ones, both
-    for the same lists of keys, one after the other: `first_tile` counts the tiles of all lists
-    before, from which the mbarriers' phases follow.
+    for the same lists of keys, one after the other: `index` counts the lists before, `first_tile`
+    their tiles, from which the mbarriers' phases follow.
     """
 
     def __init__(self, tiling: WarpgroupTiling, **arguments: Any) -> None:
