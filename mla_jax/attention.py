@@ -26,12 +26,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mla_jax import reference
 from mla_jax.cache import KVCacheFormat, LatentCache
 from mla_jax.dispatch import Implementation, dispatch
+from mla_jax.validation import as_arrays, check_indices
 from pallas_kernels import (
     DenseDecodeConfig,
     SparseAttentionConfig,
@@ -296,30 +296,6 @@ def _no_kernel(op: str) -> _Bound:
 # Validation
 
 
-def as_arrays(*optional: str, **arguments: Any) -> list[Any]:
-    """NumPy arrays, which page tables often are, as jax arrays.
-
-    Args:
-      *optional: names of the arguments that may be None, and stay it.
-      **arguments: the arguments, by name.
-
-    Raises:
-      ValueError: for what is no array, and for integers that a jax array of 32 bits would wrap.
-    """
-    for name, x in arguments.items():
-        if x is None and name in optional:
-            continue
-        if not hasattr(x, "dtype"):
-            raise ValueError(f"{name}={x!r} must be an array; wrap it in jnp.asarray")
-        if not isinstance(x, np.ndarray) or x.dtype.kind not in "iu":
-            continue
-        if x.size and not np.can_cast(x.dtype, np.int32):
-            for value in (x.min(), x.max()):
-                if not -(2**31) <= int(value) < 2**31:
-                    raise ValueError(f"{name} holds {value}, which is no int32")
-    return [x if x is None else jnp.asarray(x) for x in arguments.values()]
-
-
 def _as_cache(kv_cache: LatentCache | Array) -> LatentCache:
     if isinstance(kv_cache, LatentCache):
         kv_cache.check()
@@ -334,7 +310,8 @@ def _as_cache(kv_cache: LatentCache | Array) -> LatentCache:
         raise ValueError(
             f"kv_cache.shape={data.shape}, kv_cache.dtype={data.dtype}: a bare kv_cache is uint8"
             f" [num_pages, page_size, {layout.FP8_ROW_BYTES}] or bfloat16 / float32 [num_pages,"
-            f" page_size, {layout.LATENT_DIM}]; wrap other sizes in LatentCache"
+            f" page_size, {layout.LATENT_DIM}]; reshape away an axis of heads, bitcast float8 to"
+            " uint8, wrap other sizes in LatentCache"
         )
     cache = LatentCache(data)
     cache.check()
@@ -401,14 +378,3 @@ def _check_kernel_takes(q: Array, cache: LatentCache, formats: tuple[KVCacheForm
             f"kv_cache with kv_lora_rank={cache.kv_lora_rank}: the mosaic_gpu kernel takes"
             f' {layout.KV_LORA_RANK}; use implementation="xla"'
         )
-
-
-def check_indices(name: str, x: Array, shape: tuple[int | None, ...], meaning: str) -> None:
-    fits = x.ndim == len(shape) and all(
-        want is None or have == want for have, want in zip(x.shape, shape, strict=True)
-    )
-    if not fits:
-        sizes = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}.shape={x.shape} must be {meaning} = [{sizes}]")
-    if x.dtype != jnp.int32:
-        raise ValueError(f"{name}.dtype={x.dtype} must be int32; cast it with .astype(jnp.int32)")

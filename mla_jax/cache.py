@@ -19,7 +19,7 @@ it in place where the old one is donated.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from mla_jax.dispatch import Implementation, dispatch
+from mla_jax.validation import check_sizes
 from pallas_kernels import cache_write_sm90, layout
 
 KVCacheFormat = Literal["fp8_ds_mla", "bfloat16", "float32"]
@@ -333,13 +334,6 @@ def _write_xla(cache: LatentCache, kv_c: Array, k_pe: Array, slots: Array) -> Ar
     # Negative indices count from the end in jnp: send -1 past the end, where "drop" drops it.
     slots = jnp.where(slots < 0, cache.num_slots, slots)
     return _as_rows(cache).at[slots].set(rows, mode="drop").reshape(cache.data.shape)
-
-
-def check_sizes(**sizes: Any) -> None:
-    """Raises ValueError, naming the argument, unless all are positive integers."""
-    for name, size in sizes.items():
-        if not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f"{name}={size!r} must be a positive integer")
 
 
 def _as_rows(cache: LatentCache) -> Array:

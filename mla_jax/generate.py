@@ -30,9 +30,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
-from mla_jax.cache import KVCacheFormat, allocate_pages, check_sizes
+from mla_jax.cache import KVCacheFormat, allocate_pages
 from mla_jax.models import CausalLM
 from mla_jax.models.causal_lm import LayerCache
+from mla_jax.validation import check_sizes
 
 # Token ids of each sequence.
 Prompts = Sequence[Sequence[int]] | Int[np.ndarray, "batch len"]

@@ -10,10 +10,11 @@ from flax.typing import PrecisionLike
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mla_jax.cache import LatentCache, check_sizes, logical_to_physical
+from mla_jax.cache import LatentCache, logical_to_physical
 from mla_jax.reference import walk_sequences
 from mla_jax.rope import RopeConfig, apply_rope
-from pallas_kernels.hopper import as_varying_as
+from mla_jax.validation import check_sizes
+from pallas_kernels.varying import as_varying_as
 
 # Per-head scores [queries, index heads, keys] that are held at a time, and all keys' scores
 # [queries, keys].

@@ -31,18 +31,14 @@ from flax.typing import PrecisionLike
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from mla_jax.attention import (
-    as_arrays,
-    check_indices,
-    mla_decode,
-    mla_prefill,
-    mla_sparse_attention,
-)
-from mla_jax.cache import KVCacheFormat, LatentCache, check_sizes, logical_to_physical
+from mla_jax.attention import mla_decode, mla_prefill, mla_sparse_attention
+from mla_jax.cache import KVCacheFormat, LatentCache, logical_to_physical
 from mla_jax.dispatch import Implementation
 from mla_jax.indexer import Indexer, IndexerConfig
 from mla_jax.rope import RopeConfig, apply_rope
 from mla_jax.sharding import Parallelism, tensor_parallel
+from mla_jax.validation import as_arrays, check_indices, check_sizes
+from pallas_kernels import layout
 
 # The latent norms use this whatever a model's rms_norm_eps says.
 _LATENT_NORM_EPS = 1e-6
@@ -310,15 +306,24 @@ class MultiHeadLatentAttention(nnx.Module):
         )
 
     def init_cache(
-        self, num_pages: int, page_size: int = 64, *, format: KVCacheFormat = "fp8_ds_mla"
+        self,
+        num_pages: int,
+        page_size: int = 64,
+        *,
+        format: KVCacheFormat = "fp8_ds_mla",
+        scale_format: layout.ScaleFormat = "power_of_two",
     ) -> LatentCache:
-        """An empty cache of this layer's sizes, replicated over the mesh if there is one."""
+        """An empty cache of this layer's sizes, replicated over the mesh if there is one.
+
+        The arguments are those of `LatentCache.init`.
+        """
         return LatentCache.init(
             num_pages,
             page_size,
             format=format,
             kv_lora_rank=self.config.kv_lora_rank,
             qk_rope_head_dim=self.config.qk_rope_head_dim,
+            scale_format=scale_format,
             sharding=self.parallelism.replicated_sharding(),
         )
 
@@ -512,13 +517,18 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
         self.indexer = nnx.data(_indexer(config, **common) if has_indexer else None)
 
     def init_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, num_pages: int, page_size: int = 64, *, format: KVCacheFormat = "fp8_ds_mla"
+        self,
+        num_pages: int,
+        page_size: int = 64,
+        *,
+        format: KVCacheFormat = "fp8_ds_mla",
+        scale_format: layout.ScaleFormat = "power_of_two",
     ) -> SparseCache:
-        """Empty caches of this layer's sizes.
+        """Empty caches of this layer's sizes; the arguments are those of `LatentCache.init`.
 
         The index keys are float32 where the latents are, and bfloat16 otherwise.
         """
-        latent = super().init_cache(num_pages, page_size, format=format)
+        latent = super().init_cache(num_pages, page_size, format=format, scale_format=scale_format)
         if self.indexer is None:
             return SparseCache(latent, None)
         index_keys = LatentCache.init(

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mla_jax.cache import LatentCache, logical_to_physical
-from pallas_kernels.hopper import as_varying_as
+from pallas_kernels.varying import as_varying_as
 
 # Rows and scores held at a time; XLA keeps two or three arrays of that size. 128 decode tokens x
 # top-k 2,048 in bfloat16, the largest common decode step, are 302 MB of rows: one piece.

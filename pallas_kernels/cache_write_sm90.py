@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
 from pallas_kernels.hopper import Reg
+from pallas_kernels.varying import as_varying_as
 
 _WARPS = 4
 _LANE_DIMS = layout.KV_LORA_RANK // hw.WARP
@@ -118,7 +119,7 @@ def _write(
 
     kv_c_dtype, k_pe_dtype = kv_c.dtype, k_pe.dtype
     # A mutable ref, unlike an output, keeps what the kernel does not write.
-    kv_cache = hw.as_varying_as(kv_cache, (kv_c, k_pe, slots))
+    kv_cache = as_varying_as(kv_cache, (kv_c, k_pe, slots))
     cache_ref = jax.new_ref(kv_cache, memory_space=plgpu.GMEM)
     plgpu.kernel(
         cache_write_kernel,

@@ -6,8 +6,9 @@ Several CTAs that share the keys of one token leave, per head, the attention ove
     lse = log(sum_k exp(lse_k))        out = sum_k exp(lse_k - lse) * out_k
 
 One warpgroup per (token, head, chunk of dims): every load is issued before the first is used, so a
-merge takes one memory latency and little else, 1.4 to 2.3 us. Nothing here needs more than
-Pallas has, so it also runs interpreted on a CPU.
+merge takes one memory latency and little else: 1.5 to 2.3 us up to 16 heads, up to 4.1 with 64
+(`benchmarks/results/h100.json`). Nothing here needs more than Pallas has, so it also runs
+interpreted on a CPU.
 """
 
 import functools
@@ -19,10 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper as hw
+from pallas_kernels.varying import as_varying_as
 
 _WARPGROUP = 128
-# Stands for "no key yet": finite, so that exp(-inf - maximum) is 0 and not NaN, and below all lse.
-_NO_MAXIMUM = -3.4028234e38
 
 
 # Under jit, so that eager calls compile once.
@@ -86,7 +86,7 @@ def merge_partials_sm90(
             )
             for k in range(num_splits)
         ]
-        maximum = functools.reduce(jnp.maximum, lses, jnp.float32(_NO_MAXIMUM))
+        maximum = functools.reduce(jnp.maximum, lses, jnp.float32(hw.NO_MAXIMUM))
         weights = [jnp.exp(lse - maximum) for lse in lses]
         denominator = functools.reduce(lax.add, weights)
         factors = weights
@@ -119,7 +119,7 @@ def merge_partials_sm90(
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*operands)
-    return hw.as_varying_as(out, operands), hw.as_varying_as(lse, operands)
+    return as_varying_as(out, operands), as_varying_as(lse, operands)
 
 
 def _num_chunks(rows: int, dim: int) -> int:

@@ -26,9 +26,10 @@ Causality costs nothing in most tiles: only those that the last q_len positions 
 
 Roofline (H100)
 --------
-Memory: 0.214 ns a row for the whole GPU at 3.06 TB/s, 2.8 us for a round of 128 rows on every SM;
+Memory: 0.214 ns a row for the whole GPU at 3.06 TB/s, 3.6 us for a round of 128 rows on every SM;
 the compute of 128 rows is 2.4 us with 8 columns (measured for the sparse kernel), 5.2 with 32 and
-3.7 with 64. A bfloat16 row costs 0.376 ns, a round of 128 rows 6.4 us.
+3.7 with 64. A bfloat16 row costs 0.376 ns, a round of 128 rows 6.4 us. Results, and what was tried:
+`benchmarks/README.md` and `benchmarks/EXPERIMENTS.md`.
 """
 
 import dataclasses
@@ -49,6 +50,7 @@ from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention
 from pallas_kernels.fp8_warp_attention_sm90 import Fp8WarpAttention
 from pallas_kernels.hopper import Reg
 from pallas_kernels.split_kv_sm90 import Segment, WorkSplit, merge_segments_sm90
+from pallas_kernels.varying import as_varying_as
 from pallas_kernels.warp_attention_sm90 import CTA_HEAD_TILES, HEAD_BLOCK, WarpAttention
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
@@ -131,8 +133,8 @@ def default_config(
     # Shared memory holds 16 tiles of fp8_ds_mla rows or 8 of bfloat16 rows.
     stages = 2 if is_fp8 else 1
     config = DenseDecodeConfig(head_tile, num_stages=stages, kv_cache_format=kv_cache_format)
-    # Where there are few keys, half as many warps, which wait less for each other, are faster (16
-    # heads, 32 x 4,096: 41.9 us instead of 42.4; 64 x 4,096 would take 72.0 instead of 70.8).
+    # Where there are few keys, half as many warps, which wait less for each other, are faster; the
+    # bound lies between 16 heads' 32 x 4,096 and 64 x 4,096 keys (benchmarks/EXPERIMENTS.md).
     largest_tile, keys_per_sm, stages = (2, 1024, 3) if is_fp8 else (1, 128, 2)
     if head_tile <= largest_tile * HEAD_BLOCK and batch * capacity <= hw.NUM_SMS * keys_per_sm:
         config = dataclasses.replace(config, num_warpgroups=1, num_stages=stages)
@@ -474,7 +476,7 @@ def _decode(
             lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
         ),
     )(*operands.values())
-    partial_out, partial_lse = (hw.as_varying_as(x, operands.values()) for x in partials)
+    partial_out, partial_lse = (as_varying_as(x, operands.values()) for x in partials)
     out, lse = merge_segments_sm90(out, lse, partial_out, partial_lse, kv_lens, segments, attn_sink)
     return out.reshape(batch, q_len, num_heads, -1), lse.reshape(batch, q_len, num_heads)
 

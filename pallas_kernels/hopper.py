@@ -26,11 +26,10 @@ index in the lower half of the register):
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
@@ -52,6 +51,12 @@ NUM_SMS = 132
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+
+NO_MAXIMUM = -3.4028234e38
+"""A running maximum before the first score: float32's lowest number.
+
+Finite, so that exp(-inf - maximum) is 0 and not NaN.
+"""
 
 
 # ------------------------------------------------------------------------------------ registers
@@ -804,20 +809,3 @@ def cond(condition: Reg, on_true: Callable[[], Any], otherwise: Any) -> Any:
     with ir.InsertionPoint(_else_block(branch)):
         scf.yield_(values)
     return jax.tree.unflatten(structure, [Reg(v) for v in branch.results])
-
-
-# --------------------------------------------------------------------------------------- launch
-
-
-def as_varying_as(x: jax.Array, operands: Iterable[jax.Array]) -> jax.Array:
-    """`x` typed as varying over every mesh axis over which one of `operands` varies.
-
-    Inside `jax.shard_map`, Pallas drops the axes from its results' types. Without them a loop that
-    carries such a result does not type-check, and a wrong `out_specs` goes unnoticed.
-    """
-
-    def varying(array: jax.Array) -> frozenset[str]:
-        return getattr(getattr(jax.typeof(array), "mat", None), "varying", frozenset())
-
-    axes = frozenset().union(*map(varying, operands)) - varying(x)
-    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x

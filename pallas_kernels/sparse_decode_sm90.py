@@ -12,10 +12,10 @@ says which rows a warp takes, and how the work is divided.
 Roofline (H100)
 --------
 Memory binds up to 64 heads. A kernel that only gathers random 656-byte rows reaches 2.40 TB/s, 0.27
-ns a row for the whole GPU: 68 to 72 us for 128 tokens x 2,048 keys, where 8 heads take 68 and 64
-heads 79. The compute of 8 heads is 2.4 us per 128 rows and SM (rows in L2) against about 4.3 us for
-memory, that of 64 heads 3.7. At 1 to 8 tokens latency binds: with few heads a start of 1.2
-us, a round of 1.7, the merge of a CTA's warps 1.1, the second kernel 1.5 to 2.
+ns a row for the whole GPU: 73 us for 128 tokens x 2,048 keys, launch included. The compute of 8
+heads is 2.4 us per 128 rows and SM (rows in L2) against 4.6 us for memory, that of 64 heads 3.7. At
+1 to 8 tokens latency binds: with few heads a start of 1.2 us, a round of 1.7, the merge of a CTA's
+warps 1.1, the second kernel 1.5 to 2. Results: `benchmarks/README.md`.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from pallas_kernels.combine_sm90 import merge_partials_sm90
 from pallas_kernels.cta_attention_sm90 import ROW_TILE, CtaAttention
 from pallas_kernels.fp8_warp_attention_sm90 import Fp8WarpAttention
 from pallas_kernels.hopper import Reg
+from pallas_kernels.varying import as_varying_as
 from pallas_kernels.warp_attention_sm90 import HEAD_BLOCK
 from pallas_kernels.warpgroup_attention_sm90 import (
     COLUMNS,
@@ -90,9 +91,8 @@ class SparseAttentionConfig(TiledConfig):
 def default_config(tokens: int, num_heads: int, topk: int) -> SparseAttentionConfig:
     """What measured, or is estimated to be, fastest for these shapes on an H100.
 
-    Up to 24 heads take one CTA of `WarpAttention`, more take CTAs of 64. 32 heads, 1 / 8 / 32 /
-    64 / 128 tokens and prefill of 2,048: 10.0 / 13.9 / 29.1 / 48.4 / 79.0 / 1,083 us in CTAs of 64,
-    10.5 / 16.5 / 37.7 / 60.2 / 91.5 / 1,302 in CTAs of 32. 24 heads: 76.8 and 76.3 for 128 tokens.
+    Up to 24 heads take one CTA of `WarpAttention`, more take CTAs of 64, which are faster with 32
+    heads at every number of tokens, and as fast with 24 (`benchmarks/README.md` has both).
     """
     if num_heads <= LARGEST_FEW_HEADS:
         candidates = _few_heads_configs(tokens, num_heads, topk)
@@ -118,7 +118,7 @@ def _few_heads_configs(tokens: int, num_heads: int, topk: int) -> list[SparseAtt
     head_tile = -(-num_heads // HEAD_BLOCK) * HEAD_BLOCK
     if tokens >= 4 * hw.NUM_SMS:
         # Many waves: no splits, whose partial results would only take memory. Two small CTAs on an
-        # SM hide each other's start and end (2,048 tokens, 8 heads: 593 us against 658).
+        # SM hide each other's start and end (benchmarks/EXPERIMENTS.md).
         small = SparseAttentionConfig(head_tile, num_warpgroups=1)
         return [small if small.ctas_per_sm > 1 else SparseAttentionConfig(head_tile)]
     return [
@@ -461,7 +461,7 @@ def _attend(
             lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
         ),
     )(*operands.values())
-    out, lse, *unit = (hw.as_varying_as(x, operands.values()) for x in (out, lse, *unit))
+    out, lse, *unit = (as_varying_as(x, operands.values()) for x in (out, lse, *unit))
     if final:
         return out, lse
     shape = (tokens, config.num_splits, num_heads)

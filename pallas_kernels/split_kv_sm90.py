@@ -43,6 +43,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper as hw
 from pallas_kernels import layout
 from pallas_kernels.hopper import Reg
+from pallas_kernels.varying import as_varying_as
 
 _LOADS_IN_FLIGHT = 4
 # "Even" may be this part better than "regular" and still not be worth its splits.
@@ -53,8 +54,6 @@ _MERGE_UNROLL = 4
 _WARP_DIMS = 4 * hw.WARP
 # At 72 registers a thread, as many CTAs as run at once.
 _MERGE_CTAS = 7 * hw.NUM_SMS
-# Finite, so that -inf - maximum is -inf and not NaN, and below all lse.
-_NO_MAXIMUM = -3.4028234e38
 
 
 class Segment(NamedTuple):
@@ -311,8 +310,8 @@ def merge_segments_sm90(
                 ctas_per_request=ctas_per_request,
             )
 
-        # Launched while the kernel before ends (32 sequences of 4,096 keys: 43.3 us without, 41.6
-        # with it); waits here until all of its results are visible.
+        # Launched while the kernel before ends, which saves 1.7 us of 32 x 4,096 keys (H100, 16
+        # heads); waits here until all of its results are visible.
         plgpu.griddepcontrol_wait()
         cta(*refs, lax.axis_index("cta").astype(jnp.int32))
 
@@ -325,7 +324,7 @@ def merge_segments_sm90(
             lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
         ),
     )(*results, *operands.values())
-    out, lse = (hw.as_varying_as(jax.freeze(x), operands.values()) for x in results)
+    out, lse = (as_varying_as(jax.freeze(x), operands.values()) for x in results)
     return out, lse
 
 
@@ -399,7 +398,7 @@ def _merge_cta(
                 x = function(x, hw.shuffle_xor(x, distance))
             return x
 
-        own_maximum, own = hw.for_loop(rounds, [hw.f32(_NO_MAXIMUM), hw.f32(0.0)], see)
+        own_maximum, own = hw.for_loop(rounds, [hw.f32(hw.NO_MAXIMUM), hw.f32(0.0)], see)
         maximum = warp_reduce(hw.maximum, own_maximum)
         denominator = warp_reduce(lambda a, b: a + b, own * power(own_maximum, maximum))
 

@@ -21,7 +21,7 @@ The only CTA-wide barriers are before the loop (queries are in place) and in the
 columns on, one warp's registers do not hold 512 output dims of all of them: 2 or 4 warps form a
 team. Each computes S for its own tile and all columns, then the values of all the team's tiles for
 its share of the dims; maxima and P pass through shared memory (three named barriers a round).
-Repeating the dequantization in every warp instead measured 82 us against 72 (16 heads, 128 tokens).
+Repeating the dequantization in every warp instead was slower (`benchmarks/EXPERIMENTS.md`).
 
    columns in a CTA  team   dims of a warp   output accumulators a thread
           8            1         512          32 dim blocks x 1 column block  x 4 = 128
@@ -83,10 +83,9 @@ bfloat16 rows of 1,152 bytes lie 1,168 bytes apart for it.
 Form
 ----
 Grid, refs, launch and the merge of splits are Pallas; the loop is inline, because Pallas arrays
-belong to a warpgroup and this algorithm to a warp. The same steps as Pallas operations, timed one
-by one on all SMs, per 64 rows: 0.52 us to dequantize, 0.45 for the scores, 0.39 for the values and
-0.15 to 0.23 for each of two reductions over tokens, 1.7 to 1.9 us in series against 1.2 here; and
-`copy_gmem_to_smem` row by row gathers at 1.96 TB/s, since one elected thread issues the copies.
+belong to a warpgroup and this algorithm to a warp. The same steps as Pallas operations take half
+again as long in series, and `copy_gmem_to_smem` row by row gathers slower, since one elected thread
+issues the copies (`benchmarks/EXPERIMENTS.md`).
 """
 
 import abc
@@ -120,8 +119,6 @@ _DIM_BLOCKS = layout.KV_LORA_RANK // DIM_BLOCK
 
 # The running maximum may lag behind by 2**4 before the accumulators are rescaled.
 _MAX_LAG = 4.0
-# Finite, so that -inf - maximum is -inf and not NaN, and below every score.
-_NO_MAXIMUM = -3.4028234e38
 
 # Named barriers of the teams; the hardware has 16, Mosaic GPU uses 0 to 4.
 _TEAM_BARRIER = 8
@@ -615,7 +612,7 @@ class WarpAttention(CtaAttention):
             acc=[
                 [[zero] * 4 for _ in range(blocks)] for _ in range(_DIM_BLOCKS // tiling.team_size)
             ],
-            maxima=[[hw.f32(_NO_MAXIMUM)] * 2 for _ in range(blocks)],
+            maxima=[[hw.f32(hw.NO_MAXIMUM)] * 2 for _ in range(blocks)],
             sums=[[zero] * 2 for _ in range(blocks)],
             scale=self.smallest_scale(),
             masks=masks,

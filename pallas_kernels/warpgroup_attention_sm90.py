@@ -44,8 +44,8 @@ Fragments (`hopper.wgmma_m64n64k16`; lane = 4 g + c, warp w of its warpgroup)
 Numbers
 -------
 - e4m3 -> float16 is exact. A token's rows are taken relative to the power of two of its largest
-  scale, as float16 pairs times 2**6: exact where scales are powers of two, as this project and
-  FlashMLA write them; others are rounded to 11 bits, relative to that power. RoPE is multiplied by
+  scale, as float16 pairs times 2**6: exact where scales are powers of two, the default of this
+  project's writes; others are rounded to 11 bits, relative to that power. RoPE is multiplied by
   the same power in bfloat16, which is exact, so all 576 dims share one accumulator.
 - float16's range: queries are scaled by the power of two that brings the CTA's largest to 2**14
   .. 2**15, so that one factor per token makes scores of all columns. A column whose largest value
@@ -78,21 +78,18 @@ the loop over tiles. Shared memory in bytes:
 
 Roofline (H100)
 --------
-A tile of 64 rows is 2,176 cycles of tensor work, 1.3 us, and 2.2 us of random rows for every SM.
-Measured: about 3,200 cycles a tile in long lists, and 8,000 from one list to the next, 3,000 of
-them for the queries and 3,300 for the output. Alone on an SM, one warpgroup's scores (8 chunks)
-take 1,425 cycles, 1,077 of them MMAs, and a tile's values 1,038, 559 of them MMAs; two at once take
-2,280 and 1,333, near the tensor cores' rate. Beside the other's MMAs, the weights' instructions
-take twice as long as alone, so that their number matters more than their order.
+A tile of 64 rows is 2,176 cycles of tensor work, 1.3 us, and 2.3 us of random rows for every SM.
+Measured by clock counts: about 3,200 cycles a tile in long lists, and 8,000 from one list to the
+next, 3,000 of them for the queries and 3,300 for the output. Beside the other warpgroup's MMAs, the
+weights' instructions take twice as long as alone, so that their number matters more than their
+order. `benchmarks/EXPERIMENTS.md` has the counts, and the forms that were tried.
 
 Form
 ----
-As in `warp_attention_sm90`, the loop is inline. Forms that were tried: one warpgroup for all scores
-and two for the values (2.7 us a tile: the scores' chain of conversions, MMAs and exponentials is
-not overlapped with itself), one accumulator per 128 dims of the scores, as there (3.0 us: it takes
-the registers that let conversions run beside MMAs), weights before the values of the tile before
-(2.5 us), and weights between the MMAs of these (4% slower than after them). Plain orientation with
-a dequantizing warpgroup: 133 us for 128 tokens.
+As in `warp_attention_sm90`, the loop is inline. One warpgroup for all scores and two for the values
+was slower, because the scores' chain of conversions, MMAs and exponentials does not overlap with
+itself; so was one accumulator per 128 dims of the scores, as there, which takes the registers that
+let conversions run beside MMAs.
 """
 
 import dataclasses
@@ -143,8 +140,6 @@ _QUERY_RANGE = 12
 # Weights are 2**(score - ceiling), finite in float16. A new ceiling leaves 2**8 of 2**15.
 _LARGEST_WEIGHT_EXPONENT = 15
 _MAX_LAG = 8.0
-# Finite, so that -inf - ceiling is -inf and not NaN, and below every score.
-_NO_MAXIMUM = -3.4028234e38
 # Values, at most 448 * 2 relative to their token's power of two, become float16 times 2**6.
 _VALUE_HEADROOM = 6
 _SMALLEST_SCALE_EXPONENT = 127 - 100
@@ -456,7 +451,7 @@ class WarpgroupAttention(CtaAttention):
         with hw.when(self.lane.eq(0)):
             state = self.smem + column * 4
             hw.store_shared(state, [(127 + exponent - common) << 23], _SMEM.relative)
-            hw.store_shared(state, [hw.f32(-_NO_MAXIMUM)], _SMEM.offsets)
+            hw.store_shared(state, [hw.f32(-hw.NO_MAXIMUM)], _SMEM.offsets)
 
     # ---- scores
 

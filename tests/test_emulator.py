@@ -78,7 +78,7 @@ def test_every_primitive_has_a_stand_in():
         and value.__module__ == hw.__name__
         and not name.startswith("_")
     }
-    assert functions == set(PRIMITIVES) | composed | {"as_varying_as"}
+    assert functions == set(PRIMITIVES) | composed
 
 
 def test_nothing_stays_behind():

@@ -252,6 +252,24 @@ def test_index_keys_are_float32_only_beside_float32_latents():
         )
 
 
+def test_caches_take_scales_of_either_format():
+    assert sparse().init_cache(2).latent.scale_format == "power_of_two"
+    assert sparse().init_cache(2, scale_format="exact").latent.scale_format == "exact"
+
+
+def test_metadata_of_the_kernels_can_be_given():
+    mesh = make_mesh(2)
+    module = MultiHeadLatentAttention(
+        CONFIG,
+        mesh=mesh,
+        kernel_metadata={"out_sharding": (None, None), "mesh": mesh},
+        out_kernel_metadata={"out_sharding": (None, None), "mesh": mesh},
+        rngs=nnx.Rngs(0),
+    )
+    for projection in (module.q_b_proj, module.kv_b_proj, module.o_proj):
+        assert projection.kernel.get_metadata("out_sharding") == (None, None)
+
+
 MESHES = {
     "auto-2": lambda: make_mesh(2),
     "auto-4": lambda: make_mesh(4),

@@ -24,6 +24,7 @@ from mla_jax.modules import (
     SparseMultiHeadLatentAttention,
 )
 from mla_jax.sharding import Parallelism
+from pallas_kernels import layout
 
 LayerCache = LatentCache | SparseCache
 
@@ -174,11 +175,19 @@ class CausalLM(nnx.Module):
         )
 
     def init_caches(
-        self, num_pages: int, page_size: int = 64, *, format: KVCacheFormat = "fp8_ds_mla"
+        self,
+        num_pages: int,
+        page_size: int = 64,
+        *,
+        format: KVCacheFormat = "fp8_ds_mla",
+        scale_format: layout.ScaleFormat = "power_of_two",
     ) -> tuple[LayerCache, ...]:
         """One empty `LatentCache` or `SparseCache` per layer; all layers share the page table."""
         return tuple(
-            layer.self_attn.init_cache(num_pages, page_size, format=format) for layer in self.layers
+            layer.self_attn.init_cache(
+                num_pages, page_size, format=format, scale_format=scale_format
+            )
+            for layer in self.layers
         )
 
     def __call__(

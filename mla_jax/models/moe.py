@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax.models.config import MoEConfig
 from mla_jax.sharding import Parallelism
-from pallas_kernels.hopper import as_varying_as
+from pallas_kernels.varying import as_varying_as
 
 # Tokens of one expert that are multiplied at a time: enough to reuse the expert's weights, few
 # enough that small batches are not mostly padding.
