@@ -522,12 +522,16 @@ _IDENTITY = (
 )
 
 
+# What a run says of itself, and rows of it that later runs leave as they are.
+_RUN = ("date", "commit", "versions", "ceilings")
+
+
 def merge(previous: Row, rows: list[Row]) -> list[Row]:
     """`rows`, and those of `previous` that are not among them.
 
-    Rows that stay keep the commit and the date of their own run.
+    Rows that stay keep the commit, date, versions and ceilings of their own run.
     """
-    run = {key: previous[key] for key in ("commit", "date") if key in previous}
+    run = {key: previous[key] for key in _RUN if key in previous}
     measured = {tuple(map(row.get, _IDENTITY)) for row in rows}
     kept = [run | row for row in previous["rows"] if tuple(map(row.get, _IDENTITY)) not in measured]
 

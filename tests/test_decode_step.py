@@ -114,7 +114,11 @@ def test_cases_are_measured_in_groups_until_the_time_is_up(monkeypatch):
         (2, 1),
         (8, 0),
     ]
-    assert all(row["us"] > 0 and row["error"] < 1e-5 for row in rows)
+    assert all(row["us"] > 0 for row in rows)
+    (first, *errors, other_numbers) = (row["error"] for row in rows)
+    assert first is None
+    assert other_numbers is None
+    assert max(errors) < 1e-5
     assert decode_step.format_row(rows[-1])
     decode_step.measure_cases(cases, "default", rows.append, deadline=0.0)
     assert len(rows) == 4
