@@ -135,7 +135,9 @@ def decode(args: argparse.Namespace) -> dict[str, Any]:
         f"devices         {mesh.size} of {len(jax.devices())} ({jax.devices()[0].device_kind}),"
         f" {heads} heads: {heads // mesh.size} a device"
     )
-    print(f"prompts         {len(prompts)} of {', '.join(str(len(p)) for p in prompts[:8])} tokens")
+    lengths = ", ".join(str(len(prompt)) for prompt in prompts[:8])
+    whose = "" if args.prompt_ids else " (arbitrary ids; give yours with --prompt-ids)"
+    print(f"prompts         {len(prompts)} of {lengths} tokens{whose}")
 
     started = time.perf_counter()
     model = load_model(

@@ -35,8 +35,8 @@ graphdef, params = nnx.split(model)
 page_indices, num_pages = allocate_pages([100, 100], page_size=64)  # two sequences of up to 100
 cache = model.attention.init_cache(num_pages)  # fp8_ds_mla: 656 bytes a token
 
-x = jax.random.normal(jax.random.key(1), (2, 40, 512), jnp.bfloat16)  # prefill 40 tokens of each,
-for length in range(40, 48):  # then decode one at a time
+x = jax.random.normal(jax.random.key(1), (2, 40, 512), jnp.bfloat16)
+for length in range(40, 48):  # The first step prefills 40 tokens of each sequence, then one by one.
     kv_lens = jnp.full(2, length, jnp.int32)
     x, cache = step(graphdef, params, x, cache, jnp.asarray(page_indices), kv_lens)
     x = x[:, -1:]

@@ -115,6 +115,11 @@ def test_prompt_files_are_checked(content, tmp_path, decode, capsys):
     assert str(file) in capsys.readouterr().err
 
 
+def test_ops_example(capsys):
+    runpy.run_path(str(EXAMPLES / "ops.py"), run_name="__main__")
+    assert "8 devices, 8 heads each, 8 keys: (2, 64, 512)" in capsys.readouterr().out
+
+
 def test_tensor_parallel_example(capsys):
     runpy.run_path(str(EXAMPLES / "tensor_parallel.py"), run_name="__main__")
     output = capsys.readouterr().out

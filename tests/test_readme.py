@@ -1,4 +1,4 @@
-"""README says what is there; its example is run by tests/test_examples.py."""
+"""README says what is there; its examples are run by tests/test_examples.py."""
 
 import pathlib
 import re
@@ -7,10 +7,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_example_is_the_example():
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    example = (ROOT / "examples/tensor_parallel.py").read_text()
-    assert example.endswith(block)
+def test_its_code_is_that_of_the_examples():
+    module, function = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert (ROOT / "examples/tensor_parallel.py").read_text().endswith(module)
+    assert function in (ROOT / "examples/ops.py").read_text()
 
 
 def test_files_and_names_that_it_mentions_exist():
