@@ -18,6 +18,7 @@ it in place where the old one is donated.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
@@ -27,7 +28,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
-from mla_jax.dispatch import Implementation, dispatch
+from mla_jax.dispatch import Implementation, dispatch, forward_only
 from mla_jax.validation import check_sizes
 from pallas_kernels import cache_write_sm90, layout
 
@@ -39,6 +40,13 @@ _FORMAT_DTYPES = {"fp8_ds_mla": jnp.uint8, "bfloat16": jnp.bfloat16, "float32": 
 _MIN_SCALE_EXPONENT = -13
 
 
+def check_format(**formats: str) -> None:
+    """Raises ValueError, naming the argument, unless all are cache formats."""
+    for name, value in formats.items():
+        if value not in _FORMAT_DTYPES:
+            raise ValueError(f"{name}={value!r} must be one of {tuple(_FORMAT_DTYPES)}")
+
+
 def _power_of_two_scale(amax: Float[Array, "..."]) -> Float[Array, "..."]:
     """`2**ceil(log2(max(amax / 448, 1e-4)))` in exact arithmetic.
 
@@ -47,7 +55,7 @@ def _power_of_two_scale(amax: Float[Array, "..."]) -> Float[Array, "..."]:
     quantizing kernel, get the same bits.
     """
     bits = lax.bitcast_convert_type(amax.astype(jnp.float32), jnp.int32)
-    exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000)
+    exponent = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).astype(jnp.int32)
     exponent = jnp.maximum(exponent, _MIN_SCALE_EXPONENT)
     return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
@@ -82,11 +90,17 @@ def quantize(
     Raises:
       ValueError: if `kv_lora_rank` is no multiple of 128, the latents are not floats, or
         `scale_format` is unknown.
+      NotImplementedError: where it is differentiated.
     """
     layout.check_scale_format(scale_format)
     for name, x in (("kv_c", kv_c), ("k_pe", k_pe)):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}.dtype={x.dtype} must be a float dtype")
+    kv_c, k_pe = forward_only(
+        (kv_c, k_pe),
+        "bytes of fp8_ds_mla rows have no gradients: use a bfloat16 or float32 cache, or"
+        " jax.lax.stop_gradient of kv_c and k_pe",
+    )
     *tokens, kv_lora_rank = kv_c.shape
     tiles = layout.num_scale_tiles(kv_lora_rank)
     values = kv_c.astype(jnp.float32).reshape(*tokens, tiles, layout.SCALE_TILE)
@@ -198,8 +212,7 @@ class LatentCache:
           ValueError: for sizes that are not positive or an unknown format.
         """
         layout.check_scale_format(scale_format)
-        if format not in _FORMAT_DTYPES:
-            raise ValueError(f"{format=} must be one of {tuple(_FORMAT_DTYPES)}")
+        check_format(format=format)
         check_sizes(num_pages=num_pages, page_size=page_size, kv_lora_rank=kv_lora_rank)
         if qk_rope_head_dim:  # an indexer's keys have none
             check_sizes(qk_rope_head_dim=qk_rope_head_dim)
@@ -326,11 +339,20 @@ class LatentCache:
         return jnp.where((slots >= 0)[..., None], rows.astype(dtype), 0)
 
 
+# So that `jax.export` can write and read functions of caches.
+jax.export.register_pytree_node_serialization(
+    LatentCache,
+    serialized_name="mla_jax.LatentCache",
+    serialize_auxdata=lambda sizes: json.dumps(sizes).encode(),
+    deserialize_auxdata=lambda data: tuple(json.loads(data)),
+)
+
+
 def _write_xla(cache: LatentCache, kv_c: Array, k_pe: Array, slots: Array) -> Array:
     if cache.format == "fp8_ds_mla":
         rows = quantize(kv_c, k_pe, scale_format=cache.scale_format)
     else:
-        rows = jnp.concatenate([kv_c, k_pe], axis=-1).astype(cache.data.dtype)
+        rows = jnp.concatenate([x.astype(cache.data.dtype) for x in (kv_c, k_pe)], axis=-1)
     # Negative indices count from the end in jnp: send -1 past the end, where "drop" drops it.
     slots = jnp.where(slots < 0, cache.num_slots, slots)
     return _as_rows(cache).at[slots].set(rows, mode="drop").reshape(cache.data.shape)

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from mla_jax.dispatch import Implementation
 from mla_jax.models import CausalLM, ModelConfig
+from mla_jax.sharding import mesh_in_context
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -294,8 +295,8 @@ def load_model(
     """Loads a Hugging Face checkpoint directory onto its devices.
 
     Args:
-      directory: `config.json` beside `model.safetensors`, or shards with
-        `model.safetensors.index.json`. Multi-token-prediction layers are skipped.
+      directory: `config.json` (and `generation_config.json`) beside `model.safetensors`, or beside
+        shards and `model.safetensors.index.json`. Multi-token-prediction layers are skipped.
       dtype: of parameters and computation, whatever dtype the file has; the router's correction
         bias stays float32. Matrix products of a float32 model default to full float32 precision.
       mesh: place the parameters over this mesh for tensor parallelism; None takes the mesh in
@@ -312,14 +313,19 @@ def load_model(
       FileNotFoundError: if the directory lacks a file.
       CheckpointError: for unknown or missing tensors, wrong shapes, dtypes or truncated files; it
         names tensor and file. A ValueError.
-      ValueError: for a config.json that is not supported, or a dtype that is not floating-point.
+      ValueError: for a config.json that is not supported, or another dtype than bfloat16, float16
+        and float32.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{dtype=} must be a floating-point type, such as bfloat16")
-    directory = pathlib.Path(directory)
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"{dtype=} must be bfloat16, float16 or float32")
+    directory = pathlib.Path(directory).expanduser()
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory=!s} is no directory; download a checkpoint of the Hugging Face Hub with"
+            " huggingface_hub.snapshot_download, and give the directory that it returns"
+        )
     config = ModelConfig.from_file(directory / "config.json")
-    if mesh is None and model_axis in jax.sharding.get_abstract_mesh().axis_names:
-        mesh = jax.sharding.get_mesh()
+    mesh = mesh_in_context(model_axis) if mesh is None else mesh
     if precision is None and jnp.dtype(dtype) == jnp.float32:
         precision = jax.lax.Precision.HIGHEST
     build = functools.partial(

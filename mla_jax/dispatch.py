@@ -16,6 +16,12 @@ def runs_on_hopper() -> bool:
     return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
 
 
+def check_implementation(implementation: Implementation | None) -> None:
+    """Raises ValueError for an unknown name."""
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
+
+
 def dispatch(
     implementation: Implementation | None,
     xla: Callable[..., Any],
@@ -38,16 +44,38 @@ def dispatch(
       ValueError: for an unknown name.
       NotImplementedError: if "mosaic_gpu" was named and the kernel cannot do what is asked.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"{implementation=} must be None or one of {IMPLEMENTATIONS}")
+    check_implementation(implementation)
+
+    def make_kernel() -> Callable[..., Any]:
+        kernel = mosaic_gpu()
+        message = 'the mosaic_gpu kernels have no gradients; use implementation="xla"'
+        return lambda *args: kernel(*forward_only(args, message))
+
     if implementation == "mosaic_gpu":
-        return mosaic_gpu()(*args)
+        return make_kernel()(*args)
     if implementation is None and runs_on_hopper():
         try:
-            kernel = mosaic_gpu()
+            kernel = make_kernel()
             jax.eval_shape(kernel, *args)
         except NotImplementedError:
             pass
         else:
             return lax.platform_dependent(*args, cuda=kernel, default=xla)
     return xla(*args)
+
+
+def forward_only(tree: Any, message: str) -> Any:
+    """`tree`; NotImplementedError, with the message, where it is differentiated.
+
+    For what would otherwise have gradients of zero, or an error that does not say whose it is.
+    """
+
+    @jax.custom_jvp
+    def identity(tree: Any) -> Any:
+        return tree
+
+    @identity.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(message)
+
+    return identity(tree)

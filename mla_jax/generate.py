@@ -30,7 +30,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
-from mla_jax.cache import KVCacheFormat, allocate_pages
+from mla_jax.cache import KVCacheFormat, allocate_pages, check_format
 from mla_jax.models import CausalLM
 from mla_jax.models.causal_lm import LayerCache
 from mla_jax.validation import check_sizes
@@ -174,7 +174,7 @@ class Generator:
       eos_token_ids: tokens that end a sequence; None takes the config's.
 
     Raises:
-      ValueError: for sizes that are not positive.
+      ValueError: for sizes that are not positive, or an unknown format.
     """
 
     def __init__(
@@ -192,6 +192,7 @@ class Generator:
             prefill_chunk_size=prefill_chunk_size,
             decode_chunk_size=decode_chunk_size,
         )
+        check_format(kv_cache_format=kv_cache_format)
         self.model = model
         self.kv_cache_format: KVCacheFormat = kv_cache_format
         self.page_size = page_size
@@ -419,8 +420,9 @@ def _check_prompts(prompts: Prompts, max_new_tokens: int, model: CausalLM) -> No
     vocab_size = model.config.vocab_size
     for i, prompt in enumerate(prompts):
         ids = np.asarray(prompt)
-        is_integer = ids.dtype.kind in "iu"  # others would be truncated
-        bad = ids[(ids < 0) | (ids >= vocab_size)] if is_integer else ids
+        if ids.dtype.kind not in "iu":  # others would be truncated
+            raise ValueError(f"prompts[{i}] is of {ids.dtype}; token ids must be integers")
+        bad = ids[(ids < 0) | (ids >= vocab_size)]
         if bad.size:
             raise ValueError(f"prompts[{i}] has token id {bad[0]}; {vocab_size=}")
     longest = max(map(len, prompts)) + max_new_tokens

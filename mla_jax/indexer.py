@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from mla_jax.cache import LatentCache, logical_to_physical
 from mla_jax.reference import walk_sequences
 from mla_jax.rope import RopeConfig, apply_rope
+from mla_jax.sharding import Parallelism
 from mla_jax.validation import check_sizes
 from pallas_kernels.varying import as_varying_as
 
@@ -63,6 +64,7 @@ class Indexer(nnx.Module):
       config: the indexer's own sizes.
       rope: frequencies.
       rope_dim: leading dims of an index head that are rotated.
+      parallelism: the mesh axis of the layer that this is a part of.
       dtype, param_dtype, precision, kernel_init, rngs: as in `MultiHeadLatentAttention`.
     """
 
@@ -74,6 +76,7 @@ class Indexer(nnx.Module):
         *,
         rope: RopeConfig,
         rope_dim: int,
+        parallelism: Parallelism,
         dtype: jax.typing.DTypeLike | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         precision: PrecisionLike = None,
@@ -84,18 +87,26 @@ class Indexer(nnx.Module):
         self.rope = rope
         self.rope_dim = rope_dim
         self.precision = precision
+        whole = parallelism.metadata()
         linear = functools.partial(
             nnx.Linear,
             use_bias=False,
             param_dtype=param_dtype,
             precision=precision,
             kernel_init=kernel_init,
+            kernel_metadata=whole,
             rngs=rngs,
         )
         self.wq_b = linear(q_lora_rank, config.num_heads * config.head_dim, dtype=dtype)
         self.wk = linear(hidden_size, config.head_dim, dtype=dtype)
         self.k_norm = nnx.LayerNorm(
-            config.head_dim, epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            config.head_dim,
+            epsilon=1e-6,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            scale_metadata=whole,
+            bias_metadata=whole,
+            rngs=rngs,
         )
         # In float32 whatever the model's dtype: these weights decide near ties.
         self.weights_proj = linear(hidden_size, config.num_heads, dtype=jnp.float32)
@@ -121,129 +132,132 @@ class Indexer(nnx.Module):
         rope = apply_rope(rope, positions, self.rope, interleaved=self.config.rope_interleaved)
         return jnp.concatenate([rope, rest], axis=-1)
 
-    def select(
-        self,
-        q: Float[Array, "*tokens index_heads index_head_dim"],
-        weights: Float[Array, "*tokens index_heads"],
-        index_keys: LatentCache,
-        page_indices: Int[Array, "batch pages_per_seq"],
-        kv_lens: Int[Array, " batch"],
-        cu_q_lens: Int[Array, " batch_plus_1"] | None = None,
-    ) -> Int[Array, "tokens topk"]:
-        """Physical slots of the highest scores among the keys up to each token's own position.
 
-        Keys are gathered once per sequence, and no more than `_MAX_SCORE_BYTES` of scores are held:
-        a call with more queries than that goes through its sequences block by block.
+def select_keys(
+    q: Float[Array, "*tokens index_heads index_head_dim"],
+    weights: Float[Array, "*tokens index_heads"],
+    index_keys: LatentCache,
+    page_indices: Int[Array, "batch pages_per_seq"],
+    kv_lens: Int[Array, " batch"],
+    cu_q_lens: Int[Array, " batch_plus_1"] | None = None,
+    *,
+    topk: int,
+    precision: PrecisionLike = None,
+) -> Int[Array, "tokens topk"]:
+    """Physical slots of the highest scores among the keys up to each token's own position.
 
-        Args:
-          q, weights: of `project`; leading dims `[batch, q_len]`, or `[tokens]` with `cu_q_lens`.
-          index_keys: the cached keys, those of this call's tokens included.
-          page_indices, kv_lens, cu_q_lens: as in `MultiHeadLatentAttention`.
+    Keys are gathered once per sequence, and no more than `_MAX_SCORE_BYTES` of scores are held:
+    a call with more queries than that goes through its sequences block by block.
 
-        Returns:
-          int32 `[tokens, min(topk, pages_per_seq * page_size)]`, tokens in the order of q; -1
-          beyond the keys that there are.
-        """
-        num_heads, head_dim = q.shape[-2:]
-        num_keys = page_indices.shape[1] * index_keys.page_size
-        topk = min(self.config.topk, num_keys)
-        fitting = _MAX_SCORE_BYTES // (4 * max(num_heads * _MIN_KEY_CHUNK, num_keys))
-        if cu_q_lens is None:
-            batch, q_len = q.shape[:2]
-            if batch * q_len <= fitting:
-                positions = kv_lens[:, None] - q_len + jnp.arange(q_len)
-                slots = self._select(q, weights, index_keys, page_indices, positions, topk)
-                return slots.reshape(batch * q_len, topk)
-            q = q.reshape(batch * q_len, num_heads, head_dim)
-            weights = weights.reshape(batch * q_len, num_heads)
-            cu_q_lens = jnp.arange(batch + 1, dtype=jnp.int32) * q_len
+    Args:
+      q, weights: of `Indexer.project`; leading dims `[batch, q_len]`, or `[tokens]` if ragged.
+      index_keys: the cached keys, those of this call's tokens included.
+      page_indices, kv_lens, cu_q_lens: as in `MultiHeadLatentAttention`.
 
-        def block(b: Array, positions: Array, q: Array, weights: Array) -> tuple[Array]:
-            table = lax.dynamic_slice_in_dim(page_indices, b, 1)
-            args = (q[None], weights[None], index_keys, table, positions[None], topk)
-            return (self._select(*args)[0],)
+    Returns:
+      int32 `[tokens, min(topk, pages_per_seq * page_size)]`, tokens in the order of q; -1
+      beyond the keys that there are.
+    """
+    num_heads, head_dim = q.shape[-2:]
+    num_keys = page_indices.shape[1] * index_keys.page_size
+    topk = min(topk, num_keys)
+    fitting = _MAX_SCORE_BYTES // (4 * max(num_heads * _MIN_KEY_CHUNK, num_keys))
+    if cu_q_lens is None:
+        batch, q_len = q.shape[:2]
+        if batch * q_len <= fitting:
+            positions = kv_lens[:, None] - q_len + jnp.arange(q_len)[None]
+            slots = _select(q, weights, index_keys, page_indices, positions, topk, precision)
+            return slots.reshape(batch * q_len, topk)
+        q = q.reshape(batch * q_len, num_heads, head_dim)
+        weights = weights.reshape(batch * q_len, num_heads)
+        cu_q_lens = jnp.arange(batch + 1, dtype=jnp.int32) * q_len
 
-        slots = as_varying_as(
-            jnp.full((q.shape[0], topk), -1, jnp.int32),
-            (q, weights, index_keys.data, page_indices, kv_lens, cu_q_lens),
-        )
-        (slots,) = walk_sequences(
-            block,
-            (q, weights),
-            (slots,),
-            kv_lens,
-            cu_q_lens,
-            chunk=max(1, min(_QUERY_CHUNK, fitting)),
-        )
-        return slots
+    def block(b: Array, positions: Array, q: Array, weights: Array) -> tuple[Array]:
+        table = lax.dynamic_slice_in_dim(page_indices, b, 1)
+        args = (q[None], weights[None], index_keys, table, positions[None], topk, precision)
+        return (_select(*args)[0],)
 
-    def _select(
-        self,
-        q: Float[Array, "batch n index_heads index_head_dim"],
-        weights: Float[Array, "batch n index_heads"],
-        index_keys: LatentCache,
-        page_indices: Int[Array, "batch pages_per_seq"],
-        positions: Int[Array, "batch n"],
-        topk: int,
-    ) -> Int[Array, "batch n topk"]:
-        scores = self._scores(q, weights, index_keys, page_indices, positions)
-        best, chosen = lax.top_k(scores, topk)
-        chosen = jnp.where(jnp.isneginf(best), -1, chosen)
+    slots = as_varying_as(
+        jnp.full((q.shape[0], topk), -1, jnp.int32),
+        (q, weights, index_keys.data, page_indices, kv_lens, cu_q_lens),
+    )
+    (slots,) = walk_sequences(
+        block,
+        (q, weights),
+        (slots,),
+        kv_lens,
+        cu_q_lens,
+        chunk=max(1, min(_QUERY_CHUNK, fitting)),
+    )
+    return slots
+
+
+def _select(
+    q: Float[Array, "batch n index_heads index_head_dim"],
+    weights: Float[Array, "batch n index_heads"],
+    index_keys: LatentCache,
+    page_indices: Int[Array, "batch pages_per_seq"],
+    positions: Int[Array, "batch n"],
+    topk: int,
+    precision: PrecisionLike,
+) -> Int[Array, "batch n topk"]:
+    scores = _scores(q, weights, index_keys, page_indices, positions, precision)
+    best, chosen = lax.top_k(scores, topk)
+    chosen = jnp.where(jnp.isneginf(best), -1, chosen)
+    slots = logical_to_physical(page_indices, chosen.reshape(q.shape[0], -1), index_keys.page_size)
+    return slots.reshape(chosen.shape)
+
+
+def _scores(
+    q: Array,
+    weights: Array,
+    index_keys: LatentCache,
+    page_indices: Array,
+    positions: Array,
+    precision: PrecisionLike,
+) -> Float[Array, "batch n keys"]:
+    """Scores of all keys of the page table; -inf for the future and for missing pages."""
+    batch, n, num_heads, _ = q.shape
+    num_keys = page_indices.shape[1] * index_keys.page_size
+    fitting = _MAX_SCORE_BYTES // max(1, 4 * num_heads * batch * n)
+    chunk = min(num_keys, _MAX_KEY_CHUNK, max(_MIN_KEY_CHUNK, fitting))
+    # A length beyond the table must not make the loop longer.
+    last_position = jnp.minimum(jnp.max(positions, axis=1, initial=-1), num_keys - 1)
+
+    def chunk_scores(i: Array | int) -> Array:
+        keys = (i * chunk + jnp.arange(chunk))[None]
         slots = logical_to_physical(
-            page_indices, chosen.reshape(q.shape[0], -1), index_keys.page_size
+            page_indices, jnp.broadcast_to(keys, (batch, chunk)), index_keys.page_size
         )
-        return slots.reshape(chosen.shape)
-
-    def _scores(
-        self,
-        q: Array,
-        weights: Array,
-        index_keys: LatentCache,
-        page_indices: Array,
-        positions: Array,
-    ) -> Float[Array, "batch n keys"]:
-        """Scores of all keys of the page table; -inf for the future and for missing pages."""
-        batch, n, num_heads, _ = q.shape
-        num_keys = page_indices.shape[1] * index_keys.page_size
-        fitting = _MAX_SCORE_BYTES // max(1, 4 * num_heads * batch * n)
-        chunk = min(num_keys, _MAX_KEY_CHUNK, max(_MIN_KEY_CHUNK, fitting))
-        # A length beyond the table must not make the loop longer.
-        last_position = jnp.minimum(jnp.max(positions, axis=1, initial=-1), num_keys - 1)
-
-        def chunk_scores(i: Array | int) -> Array:
-            keys = i * chunk + jnp.arange(chunk)
-            slots = logical_to_physical(
-                page_indices, jnp.broadcast_to(keys, (batch, chunk)), index_keys.page_size
-            )
-            # Masked before the gather: the bytes of slots that nobody wrote are never read.
-            slots = jnp.where(keys <= last_position[:, None], slots, -1)
-            slots = index_keys.valid_slots(slots)
-            k = index_keys.gather(slots, dtype=q.dtype)
-            per_head = jnp.einsum(
-                "bnhd,bkd->bnhk",
-                q,
-                k,
-                precision=self.precision,
-                preferred_element_type=jnp.float32,
-            )
-            scores = jnp.einsum(
-                "bnhk,bnh->bnk", jax.nn.relu(per_head), weights, precision=lax.Precision.HIGHEST
-            )
-            visible = (slots >= 0)[:, None] & (keys <= positions[..., None])
-            return jnp.where(visible, scores, -jnp.inf)
-
-        num_chunks = -(-num_keys // chunk)
-        if num_chunks == 1:
-            return chunk_scores(0)
-        scores = lax.fori_loop(
-            0,
-            (jnp.max(last_position, initial=-1) + chunk) // chunk,
-            lambda i, scores: lax.dynamic_update_slice_in_dim(
-                scores, chunk_scores(i), i * chunk, axis=2
-            ),
-            as_varying_as(
-                jnp.full((batch, n, num_chunks * chunk), -jnp.inf, jnp.float32),
-                (q, weights, index_keys.data, page_indices, positions),
-            ),
+        # Masked before the gather: the bytes of slots that nobody wrote are never read.
+        slots = jnp.where(keys <= last_position[:, None], slots, -1)
+        slots = index_keys.valid_slots(slots)
+        k = index_keys.gather(slots, dtype=q.dtype)
+        per_head = jnp.einsum(
+            "bnhd,bkd->bnhk",
+            q,
+            k,
+            precision=precision,
+            preferred_element_type=jnp.float32,
         )
-        return scores[..., :num_keys]
+        scores = jnp.einsum(
+            "bnhk,bnh->bnk", jax.nn.relu(per_head), weights, precision=lax.Precision.HIGHEST
+        )
+        visible = (slots >= 0)[:, None] & (keys[None] <= positions[..., None])
+        return jnp.where(visible, scores, -jnp.inf)
+
+    num_chunks = -(-num_keys // chunk)
+    if num_chunks == 1:
+        return chunk_scores(0)
+    scores = lax.fori_loop(
+        0,
+        (jnp.max(last_position, initial=-1) + chunk) // chunk,
+        lambda i, scores: lax.dynamic_update_slice_in_dim(
+            scores, chunk_scores(i), i * chunk, axis=2
+        ),
+        as_varying_as(
+            jnp.full((batch, n, num_chunks * chunk), -jnp.inf, jnp.float32),
+            (q, weights, index_keys.data, page_indices, positions),
+        ),
+    )
+    return scores[..., :num_keys]

@@ -33,8 +33,8 @@ from jaxtyping import Array, Float, Int
 
 from mla_jax.attention import mla_decode, mla_prefill, mla_sparse_attention
 from mla_jax.cache import KVCacheFormat, LatentCache, logical_to_physical
-from mla_jax.dispatch import Implementation
-from mla_jax.indexer import Indexer, IndexerConfig
+from mla_jax.dispatch import Implementation, check_implementation
+from mla_jax.indexer import Indexer, IndexerConfig, select_keys
 from mla_jax.rope import RopeConfig, apply_rope
 from mla_jax.sharding import Parallelism, tensor_parallel
 from mla_jax.validation import as_arrays, check_indices, check_sizes
@@ -130,6 +130,14 @@ class SparseCache:
         return self.latent.bytes_per_token + index_bytes
 
 
+jax.export.register_pytree_node_serialization(
+    SparseCache,
+    serialized_name="mla_jax.SparseCache",
+    serialize_auxdata=lambda nothing: b"",
+    deserialize_auxdata=lambda data: (),
+)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "page_rows", "page_indices", "kv_lens", "cu_q_lens"],
@@ -170,9 +178,13 @@ class _Tokens:
             if x.shape[0] != batch:
                 raise ValueError(f"{x.shape=} and {kv_lens.shape=} must agree on the batch size")
             q_len = x.shape[1]
-            positions = kv_lens[:, None] - q_len + jnp.arange(q_len)
+            positions = kv_lens[:, None] - q_len + jnp.arange(q_len)[None]
             return cls(positions, page_indices, page_indices, kv_lens, None, (batch, q_len))
         check_indices("cu_q_lens", cu_q_lens, (batch + 1,), "[batch + 1]")
+        if batch == 0:  # only padding
+            positions = jnp.full((x.shape[0], 1), -1, jnp.int32)
+            page_rows = jnp.full((x.shape[0], page_indices.shape[1]), -1, jnp.int32)
+            return cls(positions, page_rows, page_indices, kv_lens, cu_q_lens, (x.shape[0],))
         token = jnp.arange(x.shape[0])
         sequence = jnp.searchsorted(cu_q_lens, token, side="right") - 1
         padding = sequence >= batch
@@ -225,14 +237,16 @@ class MultiHeadLatentAttention(nnx.Module):
         `q_proj`, `kv_b_proj`); None splits the columns over `head_axis`.
       out_kernel_metadata: the same of `o_proj`; None splits the rows.
       mesh: run tensor parallel over `head_axis` of this mesh. None takes the mesh in context
-        (`jax.set_mesh`) if it has that axis, and otherwise leaves everything on one device.
+        (`jax.set_mesh`) if it has that axis, and otherwise leaves everything on one device. An
+        AbstractMesh serves `nnx.eval_shape` and lowering, where no array is made.
       head_axis: the mesh axis.
       implementation: of the attention op and the cache write: "xla", "mosaic_gpu" or None to
         choose.
       rngs: random numbers for the parameters.
 
     Raises:
-      ValueError: if the mesh axis does not divide the heads, or does not exist.
+      ValueError: if the mesh axis does not divide the heads, or does not exist; for an unknown
+        implementation.
     """
 
     def __init__(
@@ -253,6 +267,7 @@ class MultiHeadLatentAttention(nnx.Module):
         self.config = config
         self.parallelism = Parallelism(mesh, head_axis)
         self.parallelism.check_divides(num_heads=config.num_heads)
+        check_implementation(implementation)
         self.implementation: Implementation | None = implementation
         self.precision = precision
         if kernel_metadata is None:
@@ -268,18 +283,27 @@ class MultiHeadLatentAttention(nnx.Module):
             kernel_init=kernel_init,
             rngs=rngs,
         )
+        # Whole on every device: without a place of their own they would be copied in each step.
+        whole = self.parallelism.metadata()
         norm = functools.partial(
-            nnx.RMSNorm, epsilon=_LATENT_NORM_EPS, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            nnx.RMSNorm,
+            epsilon=_LATENT_NORM_EPS,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            scale_metadata=whole,
+            rngs=rngs,
         )
         c = config
         q_features = c.num_heads * c.qk_head_dim
         if c.q_lora_rank is None:
             self.q_proj = linear(c.hidden_size, q_features, kernel_metadata=kernel_metadata)
         else:
-            self.q_a_proj = linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_proj = linear(c.hidden_size, c.q_lora_rank, kernel_metadata=whole)
             self.q_a_layernorm = norm(c.q_lora_rank)
             self.q_b_proj = linear(c.q_lora_rank, q_features, kernel_metadata=kernel_metadata)
-        self.kv_a_proj_with_mqa = linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_proj_with_mqa = linear(
+            c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, kernel_metadata=whole
+        )
         self.kv_a_layernorm = norm(c.kv_lora_rank)
         self.kv_b_proj = linear(
             c.kv_lora_rank,
@@ -301,6 +325,12 @@ class MultiHeadLatentAttention(nnx.Module):
         return self._kv_b_kernel()[..., self.config.qk_nope_head_dim :]
 
     def _kv_b_kernel(self) -> Array:
+        if type(self.kv_b_proj) is not nnx.Linear:
+            raise ValueError(
+                f"kv_b_proj is a {type(self.kv_b_proj).__name__}, but must be an nnx.Linear: its"
+                " kernel is absorbed into queries and outputs, the layer itself never called. Merge"
+                " an adapter into its kernel"
+            )
         return self.kv_b_proj.kernel[...].reshape(
             self.config.kv_lora_rank, self.config.num_heads, -1
         )
@@ -369,7 +399,7 @@ class MultiHeadLatentAttention(nnx.Module):
         kv_lens: Array,
         cu_q_lens: Array | None,
     ) -> tuple[Array, LatentCache]:
-        self._check(x, cache)
+        x = self._check(x, cache)
         tokens = _Tokens.locate(x, page_indices, kv_lens, cu_q_lens)
         q, _, kv_c, k_pe = self._project(x.reshape(-1, x.shape[-1]), tokens)
         cache = self._write(cache, kv_c, k_pe, tokens, self.implementation)
@@ -382,7 +412,9 @@ class MultiHeadLatentAttention(nnx.Module):
             )
         return self._finish(out), cache
 
-    def _check(self, x: Array, cache: LatentCache) -> None:
+    def _check(self, x: Array, cache: LatentCache) -> Array:
+        """`x` as a jax array; raises ValueError where it or the cache is not the layer's."""
+        (x,) = as_arrays(x=x)
         if not isinstance(cache, LatentCache):
             raise ValueError(f"cache is a {type(cache).__name__}; make one with self.init_cache")
         sizes = (cache.kv_lora_rank, cache.qk_rope_head_dim)
@@ -394,6 +426,7 @@ class MultiHeadLatentAttention(nnx.Module):
             )
         if x.shape[-1] != self.config.hidden_size:
             raise ValueError(f"{x.shape=} must end with hidden_size={self.config.hidden_size}")
+        return x
 
     def _project(self, x: Array, tokens: _Tokens) -> tuple[Array, Array | None, Array, Array]:
         """Absorbed queries, low-rank queries, latents and RoPE keys of `x` [tokens, hidden]."""
@@ -422,13 +455,8 @@ class MultiHeadLatentAttention(nnx.Module):
         tokens: _Tokens,
         implementation: Implementation | None,
     ) -> LatentCache:
-        def write(cache: LatentCache, kv_c: Array, k_pe: Array | None, slots: Array) -> LatentCache:
-            if k_pe is None:  # Made here: jax 0.11 crashes on empty arguments of a shard_map.
-                k_pe = jnp.zeros((*kv_c.shape[:-1], 0), kv_c.dtype)
-            return cache.write(kv_c, k_pe, slots, implementation=implementation)
-
-        slots = tokens.slots(cache.page_size)
-        return self.parallelism.on_each_device(write)(cache, kv_c, k_pe, slots)
+        write = self.parallelism.on_each_device(_write_rows, implementation=implementation)
+        return write(cache, kv_c, k_pe, tokens.slots(cache.page_size))
 
     def _op(self, op: Callable[..., Any]) -> Callable[..., Array]:
         mesh = self.parallelism.current_mesh()
@@ -444,6 +472,19 @@ class MultiHeadLatentAttention(nnx.Module):
         out = jnp.einsum("...hr,rhv->...hv", out, w_uv, precision=self.precision)
         features = out.shape[-2] * out.shape[-1]
         return self.parallelism.replicate(self.o_proj(out.reshape(*out.shape[:-2], features)))
+
+
+def _write_rows(
+    cache: LatentCache,
+    kv_c: Array,
+    k_pe: Array | None,
+    slots: Array,
+    *,
+    implementation: Implementation | None,
+) -> LatentCache:
+    if k_pe is None:  # Made here: jax 0.11 crashes on empty arguments of a shard_map.
+        k_pe = jnp.zeros((*kv_c.shape[:-1], 0), kv_c.dtype)
+    return cache.write(kv_c, k_pe, slots, implementation=implementation)
 
 
 def _indexer(config: MLAConfig, **kwargs: Any) -> Indexer:
@@ -514,7 +555,9 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
             "rngs": rngs,
         }
         super().__init__(config, **common, **kwargs)
-        self.indexer = nnx.data(_indexer(config, **common) if has_indexer else None)
+        self.indexer = nnx.data(
+            _indexer(config, parallelism=self.parallelism, **common) if has_indexer else None
+        )
 
     def init_cache(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -588,7 +631,7 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
     ) -> tuple[Array, SparseCache, Array]:
         if not isinstance(cache, SparseCache):
             raise ValueError(f"cache is a {type(cache).__name__}; make one with self.init_cache")
-        self._check(x, cache.latent)
+        x = self._check(x, cache.latent)
         if (self.indexer is None) != (cache.index_keys is None):
             raise ValueError(
                 f"{cache.index_keys is None=} but {self.indexer is None=}: make the cache of each"
@@ -618,7 +661,10 @@ class SparseMultiHeadLatentAttention(MultiHeadLatentAttention):
             if cu_q_lens is None:
                 index_q = index_q.reshape(*tokens.batch_shape, *index_q.shape[1:])
                 weights = weights.reshape(*tokens.batch_shape, *weights.shape[1:])
-            topk_indices = self.parallelism.on_each_device(self.indexer.select)(
+            select = self.parallelism.on_each_device(
+                select_keys, topk=self.indexer.config.topk, precision=self.indexer.precision
+            )
+            topk_indices = select(
                 index_q,
                 weights,
                 index_keys,

@@ -64,7 +64,7 @@ def sparse_attention(
     tokens, topk = topk_indices.shape
     softmax = _softmax(q, sm_scale, attn_sink)
     if topk_lens is not None:
-        topk_indices = jnp.where(jnp.arange(topk) < topk_lens[:, None], topk_indices, -1)
+        topk_indices = jnp.where(jnp.arange(topk)[None] < topk_lens[:, None], topk_indices, -1)
     bytes_per_token = topk * max(
         q.shape[-1] * softmax.compute_dtype.itemsize,
         q.shape[-2] * 4,
@@ -126,7 +126,7 @@ def decode(
     """Dense attention of each sequence's last `q_len` positions, `(out, lse float32)`."""
     batch, q_len, num_q_heads, latent_dim = q.shape
     softmax = _softmax(q, sm_scale, attn_sink)
-    positions = kv_lens[:, None] - q_len + jnp.arange(q_len)
+    positions = kv_lens[:, None] - q_len + jnp.arange(q_len)[None]
     # Scores, weights, and the accumulators of a block of queries.
     bytes_per_query = max(1, batch * num_q_heads * 4 * (2 * _MIN_KEY_CHUNK + 2 * latent_dim))
     block = max(1, min(q_len, _MAX_CHUNK_BYTES // bytes_per_query))
@@ -250,13 +250,13 @@ def _attend_pages(
 
     def step(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         running_max, denominator, numerator = state
-        keys = i * chunk + jnp.arange(chunk)
+        keys = (i * chunk + jnp.arange(chunk))[None]
         slots = logical_to_physical(
             page_indices, jnp.broadcast_to(keys, (batch, chunk)), cache.page_size
         )
         slots = cache.valid_slots(jnp.where(keys <= last_position[:, None], slots, -1))
         rows = cache.gather(slots, dtype=softmax.compute_dtype)
-        visible = (slots >= 0)[:, None] & (keys <= positions[..., None])
+        visible = (slots >= 0)[:, None] & (keys[None] <= positions[..., None])
         scores = _scores("bnhd,bkd->bnhk", q, rows, softmax)
         scores = jnp.where(visible[:, :, None], scores, -jnp.inf)
         new_max = jnp.maximum(running_max, jnp.max(scores, axis=-1))
@@ -316,6 +316,8 @@ def _finish(
     lse = running_max + jnp.log(denominator)
     if softmax.attn_sink is not None:
         # A key without a value that joins the softmax's denominator.
-        gate = jax.nn.sigmoid(_finite(lse) - softmax.attn_sink.astype(jnp.float32))
+        gate = jax.nn.sigmoid(
+            _finite(lse) - softmax.attn_sink.astype(jnp.float32).reshape(*[1] * (lse.ndim - 1), -1)
+        )
         out = out * jnp.where(jnp.isneginf(lse), 0, gate)[..., None]
     return out.astype(softmax.out_dtype), lse

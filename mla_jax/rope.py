@@ -191,8 +191,11 @@ def apply_rope(
     if x.shape[: positions.ndim] != positions.shape or x.ndim <= positions.ndim:
         raise ValueError(f"{x.shape=} must start with {positions.shape=} and end with the head dim")
     frequencies = config.inverse_frequencies(x.shape[-1])
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    angles = jnp.expand_dims(angles, tuple(range(positions.ndim, x.ndim - 1)))
+    # Size 1 where x has heads, and where the frequencies have positions: all of x's rank.
+    angles = positions.astype(jnp.float32).reshape(
+        *positions.shape, *[1] * (x.ndim - positions.ndim)
+    )
+    angles = angles * frequencies.reshape(*[1] * (x.ndim - 1), -1)
     cos, sin = jnp.cos(angles) * config.cos_sin_factor, jnp.sin(angles) * config.cos_sin_factor
     pair_axis = -1 if interleaved else -2
     pairs = (frequencies.size, 2) if interleaved else (2, frequencies.size)

@@ -20,7 +20,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from mla_jax.attention import mla_decode, mla_prefill, mla_sparse_attention
+from mla_jax.cache import LatentCache
 from mla_jax.heads import MAX_HEADS, with_padded_heads
+from mla_jax.validation import as_arrays
 
 _Mesh = Mesh | AbstractMesh
 
@@ -101,29 +103,16 @@ def tensor_parallel(
     """
     if head_axis == batch_axis:
         raise ValueError(f"{head_axis=} and {batch_axis=} must be different axes of the mesh")
-    body_op = with_padded_heads(op) if pad_heads else op
     signature = inspect.signature(op)
     specs = _array_specs(op, head_axis, batch_axis)
-
-    # Compiled once for each mesh and set of options, so that calls outside of jit are cheap, too.
-    @functools.lru_cache(maxsize=64)
-    def build(mesh: _Mesh, names: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Any:
-        return_lse = dict(options).get("return_lse", False)
-        return jax.jit(
-            jax.shard_map(
-                lambda arrays: body_op(**arrays, **dict(options)),
-                mesh=mesh,
-                in_specs=({name: specs[name] for name in names},),
-                out_specs=(specs["out"], specs["lse"]) if return_lse else specs["out"],
-                # Pallas kernels do not carry varying-axis types.
-                check_vma=False,
-            )
-        )
 
     @functools.wraps(op)
     def sharded(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         arrays = {k: v for k, v in bound.arguments.items() if k in specs and v is not None}
+        plain = [name for name in arrays if not isinstance(arrays[name], LatentCache)]
+        converted = as_arrays(**{name: arrays[name] for name in plain})
+        arrays |= dict(zip(plain, converted, strict=True))
         options = {k: v for k, v in bound.arguments.items() if k not in specs}
         the_mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
         # Validates the shapes that the caller sees: in the body, errors speak of one device's.
@@ -138,9 +127,38 @@ def tensor_parallel(
         if AxisType.Explicit in the_mesh.axis_types:
             # Explicit axes assert in_specs instead of resharding.
             arrays = {name: _reshard(x, the_mesh, specs[name]) for name, x in arrays.items()}
-        return build(the_mesh, tuple(arrays), tuple(options.items()))(arrays)
+        run = _sharded_op(
+            op, pad_heads, the_mesh, head_axis, batch_axis, tuple(arrays), tuple(options.items())
+        )
+        return run(arrays)
 
     return sharded
+
+
+# Compiled once for each mesh and set of options, so that calls outside of jit are cheap, too.
+@functools.lru_cache(maxsize=256)
+def _sharded_op(
+    op: Callable[..., Any],
+    pad_heads: bool,
+    mesh: _Mesh,
+    head_axis: str,
+    batch_axis: str | None,
+    names: tuple[str, ...],
+    options: tuple[tuple[str, Any], ...],
+) -> Callable[..., Any]:
+    body_op = with_padded_heads(op) if pad_heads else op
+    specs = _array_specs(op, head_axis, batch_axis)
+    return_lse = dict(options).get("return_lse", False)
+    return jax.jit(
+        jax.shard_map(
+            lambda arrays: body_op(**arrays, **dict(options)),
+            mesh=mesh,
+            in_specs=({name: specs[name] for name in names},),
+            out_specs=(specs["out"], specs["lse"]) if return_lse else specs["out"],
+            # Pallas kernels do not carry varying-axis types.
+            check_vma=False,
+        )
+    )
 
 
 def _reshard(tree: Any, mesh: _Mesh, spec: P) -> Any:
@@ -187,7 +205,8 @@ class Parallelism:
     """One mesh axis that heads, MLP columns and the vocabulary are split over.
 
     Attributes:
-      mesh: the mesh, or None for the one in context, if it has the axis.
+      mesh: the mesh; None is replaced by the one in context (`jax.set_mesh`), if it has the axis.
+        What is split over it can then be used outside of that context, too.
       axis: name of the mesh axis.
     """
 
@@ -195,7 +214,9 @@ class Parallelism:
     axis: str = "model"
 
     def __post_init__(self) -> None:
-        if self.mesh is not None and self.axis not in self.mesh.axis_names:
+        if self.mesh is None:
+            object.__setattr__(self, "mesh", mesh_in_context(self.axis))
+        elif self.axis not in self.mesh.axis_names:
             raise ValueError(
                 f"axis {self.axis!r} is not an axis of the mesh: {self.mesh.axis_names}; name the"
                 " axis to split over"
@@ -210,10 +231,14 @@ class Parallelism:
         return None if axis_type == AxisType.Manual else context
 
     def metadata(self, *spec: str | None) -> dict[str, Any]:
-        """Variable metadata for an array laid out by `spec`, and placed so if a mesh is known."""
+        """Variable metadata for an array laid out by `spec`, and placed so if a mesh is known.
+
+        No spec is an array that is whole on every device.
+        """
         mesh = self.current_mesh()
         placement = {"eager_sharding": False} if mesh is None else {"mesh": mesh}
-        return {"out_sharding": P(*spec), **placement}
+        # Flax leaves what has an empty spec where it is: P(None) is whole, too.
+        return {"out_sharding": P(*spec or (None,)), **placement}
 
     def check_divides(self, **sizes: int) -> None:
         """Raises ValueError unless the axis divides each size."""
@@ -244,12 +269,17 @@ class Parallelism:
         except ValueError:  # while tracing, where the abstract mesh is enough
             return NamedSharding(context, P())  # pyright: ignore[reportArgumentType]
 
-    def on_each_device(self, f: Callable[..., Any]) -> Callable[..., Any]:
-        """`f` on whole arrays, once per device, out of the partitioner's hands."""
+    def on_each_device(self, f: Callable[..., Any], **static: Any) -> Callable[..., Any]:
+        """`f` on whole arrays, once per device, out of the partitioner's hands.
+
+        Args:
+          f: a function that lives as long as the program, since it is compiled once.
+          **static: its keyword arguments, hashable.
+        """
         mesh = self.current_mesh()
         if mesh is None:
-            return f
-        return jax.shard_map(f, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+            return functools.partial(f, **static)
+        return _on_each_device(f, mesh, tuple(static.items()))
 
     def run(self, method: Callable[..., Any], module: nnx.Module, *args: Any) -> Any:
         """`method(module, *args)`, with Explicit mesh axes turned to Auto inside.
@@ -269,3 +299,21 @@ class Parallelism:
         with jax.sharding.use_abstract_mesh(abstract_mesh):
             auto = jax.sharding.auto_axes(body, out_sharding=P())
             return auto(state, args)  # pyright: ignore[reportCallIssue]
+
+
+@functools.lru_cache(maxsize=256)
+def _on_each_device(
+    f: Callable[..., Any], mesh: _Mesh, static: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    body = functools.partial(f, **dict(static))
+    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+
+
+def mesh_in_context(axis: str) -> Mesh | None:
+    """The mesh of `jax.set_mesh`, if it has the axis; None while tracing, where it is abstract."""
+    if axis not in jax.sharding.get_abstract_mesh().axis_names:
+        return None
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError:
+        return None

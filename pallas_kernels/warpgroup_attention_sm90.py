@@ -67,8 +67,8 @@ Budgets
 -------
 240 registers a thread of the computing warpgroups (`setmaxnreg`): 128 for O^T, 32 for S^T, 32 for
 the operands of two chunks of scores or two k-steps of values in flight, 8 or 12 for what is read
-ahead, the rest addresses and state; 24 for gathering. Some shapes spill up to 48 bytes, outside of
-the loop over tiles. Shared memory in bytes:
+ahead, the rest addresses and state; 24 for gathering. The shapes that are measured do not spill;
+others do by up to 48 bytes, nearly all outside of the loop over tiles. Shared memory in bytes:
 
     queries 9 x 64 x 128               73,728
     P, token scales 3 x 9,216          27,648

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -43,6 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if found < least:
             reason = f"needs {least} Hopper GPU(s), found {found}"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def strict_promotion() -> Iterator[None]:
+    """jax's strictest modes: no dtype and no rank is promoted but where the code says so."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture(

@@ -478,3 +478,20 @@ def test_prefill_names_the_bad_argument():
 def test_a_named_kernel_that_cannot_says_so(op, args):
     with pytest.raises(NotImplementedError, match="xla"):
         op(*args, sm_scale=1.0, implementation="mosaic_gpu")
+
+
+@pytest.mark.usefixtures("strict_promotion")
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_relies_on_promotion(format, dtype):
+    cache = LatentCache.init(4, 8, format=format)
+    slots = jnp.array([9, -1], jnp.int32)
+    cache = cache.write(jnp.ones((2, 512), dtype), jnp.ones((2, 64), jnp.bfloat16), slots)
+    q, sink, lens = jnp.ones((2, 4, 576), dtype), jnp.zeros(4), jnp.array([9, 3], jnp.int32)
+    table, cu_q_lens = jnp.array([[1, 2], [0, 3]], jnp.int32), jnp.array([0, 1, 2], jnp.int32)
+    options = {"sm_scale": SM_SCALE, "attn_sink": sink, "return_lse": True}
+    indices = jnp.array([[9, 2, -1], [0, 1, 9]], jnp.int32)
+    for topk_lens in (None, jnp.array([2, 3], jnp.int32)):
+        mla_sparse_attention(q, cache, indices, topk_lens=topk_lens, **options)
+    mla_decode(q[:, None], cache, table, lens, **options)
+    mla_prefill(q, cache, table, lens, cu_q_lens, **options)

@@ -254,3 +254,29 @@ def test_logical_to_physical():
 
 def test_docstring_example():
     assert doctest.testmod(cache).failed == 0
+
+
+def test_bytes_of_rows_have_no_gradients():
+    """An error, where they would silently be zero."""
+    slots = jnp.array([1, 2], jnp.int32)
+
+    def written(kv_c, format):
+        cache = LatentCache.init(2, 4, format=format, kv_lora_rank=128, qk_rope_head_dim=4)
+        return cache.write(kv_c, jnp.ones((2, 4)), slots).gather(slots).sum()
+
+    kv_c = jnp.ones((2, 128))
+    np.testing.assert_array_equal(jax.grad(written)(kv_c, "float32"), kv_c)
+    for transform in (lambda f: f, jax.jit):
+        with pytest.raises(NotImplementedError, match="rows have no gradients: use a bfloat16"):
+            transform(jax.grad(lambda x: written(x, "fp8_ds_mla")))(kv_c)
+    assert jax.grad(lambda x: written(jax.lax.stop_gradient(x), "fp8_ds_mla"))(kv_c).sum() == 0
+
+
+def test_functions_of_caches_can_be_exported():
+    pytest.importorskip("flatbuffers")
+    cache = LatentCache.init(2, 4, kv_lora_rank=128, qk_rope_head_dim=4, scale_format="exact")
+    arguments = (cache, jnp.ones((1, 128)), jnp.ones((1, 4)), jnp.array([5], jnp.int32))
+    exported = jax.export.export(jax.jit(LatentCache.write))(*arguments)
+    written = jax.export.deserialize(exported.serialize()).call(*arguments)
+    assert written.scale_format == "exact"
+    np.testing.assert_array_equal(written.data, cache.write(*arguments[1:]).data)

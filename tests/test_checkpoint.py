@@ -318,9 +318,21 @@ def test_no_tensor_outlives_its_file(copy):
     assert_same(model, load_model(checkpoint_dir("deepseek_v3"), dtype=jnp.float32))
 
 
-def test_a_dtype_of_integers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be a floating-point type"):
-        load_model(tmp_path, dtype=jnp.int8)
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_other_dtypes_are_refused(tmp_path, dtype):
+    with pytest.raises(ValueError, match="must be bfloat16, float16 or float32"):
+        load_model(tmp_path, dtype=dtype)
+
+
+def test_names_of_the_hub_are_no_directories():
+    with pytest.raises(FileNotFoundError, match=r"deepseek-ai/x is no .*snapshot_download"):
+        load_model("deepseek-ai/x")
+
+
+def test_the_home_directory_may_be_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(checkpoint_dir("deepseek_v3"), tmp_path / "model")
+    assert load_model("~/model").config.num_layers == 2
 
 
 def test_without_a_mesh_parameters_lie_on_the_default_device():

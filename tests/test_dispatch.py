@@ -72,6 +72,16 @@ def test_named_implementations_are_obeyed():
         dispatch.dispatch("triton", xla, cannot, jnp.ones(3))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("implementation", [None, "mosaic_gpu"])
+@pytest.mark.usefixtures("hopper")
+def test_kernels_have_no_gradients(implementation):
+    def loss(x):
+        return dispatch.dispatch(implementation, xla, lambda: kernel, x).sum()
+
+    with pytest.raises(NotImplementedError, match="kernels have no gradients; use impl"):
+        jax.jit(jax.grad(loss)).trace(jnp.ones(3))
+
+
 def attend_and_write(implementation, kv_c, k_pe, slots, q, cache, indices):
     cache = cache.write(kv_c, k_pe, slots, implementation=implementation)
     out, lse = mla_sparse_attention(

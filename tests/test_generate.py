@@ -342,7 +342,7 @@ def test_prompts_are_packed_end_to_end():
         ([[1]], 2.5, r"max_new_tokens=2\.5 must be a positive integer"),
         ([1, 2], 1, r"prompts=\[1, 2\] must be one sequence of token ids per prompt"),
         ([[1], [5, 320]], 1, r"prompts\[1\] has token id 320; vocab_size=320"),
-        ([[1.7, 2.2]], 1, r"prompts\[0\] has token id 1\.7; vocab_size=320"),
+        ([[1.7, 2.2]], 1, r"prompts\[0\] is of float64; token ids must be integers"),
         ([[1]], 4096, "make 4097 tokens; the model's context holds 4096"),
     ],
 )
@@ -356,6 +356,7 @@ def test_bad_requests_are_named(batch, new, message):
     [
         ({"decode_chunk_size": 0}, "decode_chunk_size=0 must be a positive integer"),
         ({"page_size": 2.5}, r"page_size=2\.5 must be a positive integer"),
+        ({"kv_cache_format": "fp8"}, "kv_cache_format='fp8' must be one of"),
         ({"eos_token_ids": 5}, "eos_token_ids=5 must be a sequence of token ids"),
         ({"eos_token_ids": (2.5,)}, r"eos_token_ids=\(2\.5,\) must be a sequence"),
     ],

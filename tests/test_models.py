@@ -14,7 +14,8 @@ from mla_jax import LatentCache, allocate_pages
 from mla_jax.cache import dequantize, quantize
 from mla_jax.models import MODEL_TYPES, CausalLM, ModelConfig, MoEConfig, presets
 from mla_jax.models.moe import Router, apply_experts
-from tests.huggingface import CASES, checkpoint_dir, expected, load
+from mla_jax.sharding import Parallelism
+from tests.huggingface import CASES, checkpoint_dir, expected, load, make_mesh
 
 
 @nnx.jit
@@ -144,8 +145,50 @@ def test_calls_that_do_not_fit_are_refused():
     tokens = {"page_indices": jnp.zeros((1, 1), jnp.int32), "kv_lens": jnp.ones(1, jnp.int32)}
     with pytest.raises(ValueError, match="must be one per layer, 2"):
         model(jnp.zeros((1, 1), jnp.int32), caches[:1], **tokens)
+    with pytest.raises(ValueError, match="caches is a LatentCache; make them with init_caches"):
+        model(jnp.zeros((1, 1), jnp.int32), caches[0], **tokens)
+    with pytest.raises(ValueError, match=r"input_ids=\[\[1\]\] must be an array"):
+        model([[1]], caches, **tokens)
     with pytest.raises(ValueError, match=r"input_ids\.shape=\(1,\) must be \[batch, q_len\]"):
         model(jnp.zeros(1, jnp.int32), caches, **tokens)
+
+
+def test_last_tokens_of_nothing():
+    model = load("deepseek_v3")
+    tokens = {"page_indices": jnp.zeros((2, 1), jnp.int32), "kv_lens": jnp.zeros(2, jnp.int32)}
+    for ids, more in (
+        (jnp.zeros((2, 0), jnp.int32), {}),
+        (jnp.zeros(0, jnp.int32), {"cu_q_lens": jnp.zeros(3, jnp.int32)}),
+    ):
+        logits, _ = model(ids, model.init_caches(2), last_token_only=True, **tokens, **more)
+        assert logits.shape == (2, 320)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize("case", ["deepseek_v3", "deepseek_v32_dsa"])
+def test_every_parameter_lies_on_all_devices(case, axis_type):
+    """One that did not would be copied to the others in every step."""
+    config, mesh = load(case).config, make_mesh(2, axis_type)
+
+    def build():
+        return CausalLM(config, mesh=mesh, rngs=nnx.Rngs(0))
+
+    for path, variable in nnx.to_flat_state(nnx.state(build())):
+        assert variable[...].sharding.device_set == set(mesh.devices.flat), path
+    # So that a checkpoint can be restored to where the parameters belong.
+    for path, variable in nnx.to_flat_state(nnx.state(nnx.eval_shape(build))):
+        assert dict(variable.get_value().sharding.mesh.shape) == {"model": 2}, path
+
+
+@pytest.mark.usefixtures("strict_promotion")
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("case", ["deepseek_v3_yarn", "glm_moe_dsa"])
+def test_nothing_relies_on_promotion(case, tensor_parallel):
+    model = CausalLM(load(case).config, mesh=make_mesh(tensor_parallel), rngs=nnx.Rngs(0))
+    tokens = {"page_indices": jnp.arange(4).reshape(2, 2), "kv_lens": jnp.array([5, 2])}
+    model(jnp.ones((2, 5), jnp.int32), model.init_caches(4, 16), **tokens)
+    ragged = {"cu_q_lens": jnp.array([0, 5, 7]), "last_token_only": True}
+    model(jnp.ones(8, jnp.int32), model.init_caches(4, 16), **tokens, **ragged)
 
 
 def test_docstring_examples():
@@ -194,7 +237,7 @@ def route(scores, bias, **config):
     """The router on given sigmoid scores."""
     scores = np.asarray(scores, np.float32)
     config = MoEConfig(intermediate_size=1, num_experts=scores.shape[-1], **config)
-    router = Router(scores.shape[-1], config, rngs=nnx.Rngs(0))
+    router = Router(scores.shape[-1], config, parallelism=Parallelism(), rngs=nnx.Rngs(0))
     router.kernel[...] = jnp.eye(scores.shape[-1])
     router.e_score_correction_bias[...] = jnp.asarray(bias, jnp.float32)
     experts, weights = router(jnp.log(scores / (1 - scores)))
@@ -278,6 +321,9 @@ def test_kimi_k2_is_deepseek_v3():
         ({"kv_lora_rank": None}, "kv_lora_rank is missing"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; only 'silu' is"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
+        ({"num_hidden_layers": 2.0}, r"num_hidden_layers=2\.0 must be a positive integer"),
+        ({"max_position_embeddings": None}, "max_position_embeddings=None must be a positive"),
+        ({"vocab_size": "320"}, "vocab_size='320' must be a positive integer"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config="),
@@ -338,6 +384,17 @@ def test_eos_token_ids():
     assert ModelConfig.from_hf(hf_config()).eos_token_ids == ()
     assert ModelConfig.from_hf(hf_config(eos_token_id=7)).eos_token_ids == (7,)
     assert ModelConfig.from_hf(hf_config(eos_token_id=[7, 8])).eos_token_ids == (7, 8)
+
+
+def test_generation_config_says_what_ends_a_sequence(tmp_path):
+    file, generation = tmp_path / "config.json", tmp_path / "generation_config.json"
+    file.write_text(json.dumps(hf_config(eos_token_id=7)))
+    for text, ids in (("{}", (7,)), ('{"eos_token_id": [7, 8]}', (7, 8))):
+        generation.write_text(text)
+        assert ModelConfig.from_file(file).eos_token_ids == ids
+    generation.write_text("[")
+    with pytest.raises(ValueError, match=str(generation)):
+        ModelConfig.from_file(file)
 
 
 def test_max_tensor_parallel_divides_everything():

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import mla_jax.indexer
 import mla_jax.modules
 from mla_jax import LatentCache, allocate_pages
+from mla_jax.indexer import select_keys
 from mla_jax.modules import (
     IndexerConfig,
     MLAConfig,
@@ -175,13 +176,13 @@ def test_indexer_selects_the_best_past_keys(form, overrun, monkeypatch):
     pages = np.asarray(page_indices[0])
     slots = pages[np.arange(LEN) // 4] * 4 + np.arange(LEN) % 4
     keys = cache.index_keys.write(jnp.asarray(k), jnp.zeros((LEN, 0)), jnp.asarray(slots))
-    select = nnx.jit(lambda indexer, *args: indexer.select(*args))
+    select = jax.jit(functools.partial(select_keys, topk=indexer.config.topk))
     # With an overrun the length is beyond the page table: its last tokens see all keys there are.
     kv_lens = jnp.array([LEN + overrun])
     if form == "ragged":
-        chosen = select(indexer, q, weights, keys, page_indices, kv_lens, jnp.array([0, LEN]))
+        chosen = select(q, weights, keys, page_indices, kv_lens, jnp.array([0, LEN]))
     else:
-        chosen = select(indexer, q[None], weights[None], keys, page_indices, kv_lens)
+        chosen = select(q[None], weights[None], keys, page_indices, kv_lens)
     assert chosen.shape == (LEN, 8)
     scores = np.einsum("thk,th->tk", np.maximum(np.einsum("thd,kd->thk", q, k), 0), weights)
     for t, have in enumerate(np.asarray(chosen)):
@@ -193,15 +194,10 @@ def test_indexer_selects_the_best_past_keys(form, overrun, monkeypatch):
 
 def test_memory_of_the_indexer_is_bounded():
     """Selecting for 512 tokens among 16,384 keys never holds all per-head scores (137 GB)."""
-    config = dataclasses.replace(SPARSE_CONFIG, indexer=IndexerConfig(4096, 16, 8))
-    with nnx.use_eager_sharding(False):
-        module = nnx.eval_shape(lambda: SparseMultiHeadLatentAttention(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module.indexer)
     keys = LatentCache(jax.ShapeDtypeStruct((256, 64, 16), jnp.float32), 16, 0)
-    f = jax.jit(lambda state, *args: nnx.merge(graphdef, state).select(*args))
+    f = jax.jit(functools.partial(select_keys, topk=8))
     shape = jax.ShapeDtypeStruct
     compiled = f.lower(
-        state,
         shape((4, 128, 4096, 16), jnp.float32),
         shape((4, 128, 4096), jnp.float32),
         keys,
@@ -301,6 +297,73 @@ def test_tensor_parallelism_gives_the_same_numbers(make, mesh_name):
         np.testing.assert_allclose(have, want, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("mesh_name", ["auto-8", "explicit-8"])
+def test_the_mesh_of_the_constructor_s_context_is_kept(mesh_name):
+    with jax.set_mesh(MESHES[mesh_name]()):
+        module = MultiHeadLatentAttention(CONFIG, rngs=nnx.Rngs(0))
+    page_indices, cache = paged(module)
+    assert len(cache.data.devices()) == 8
+    out, _ = call(module, inputs(), cache, page_indices=page_indices, kv_lens=lens(LEN, LEN))
+    page_indices, cache = paged(dense())
+    want, _ = call(dense(), inputs(), cache, page_indices=page_indices, kv_lens=lens(LEN, LEN))
+    np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
+
+
+def test_eager_calls_on_a_mesh_compile_once(caplog):
+    module = SparseMultiHeadLatentAttention(SPARSE_CONFIG, mesh=make_mesh(2), rngs=nnx.Rngs(0))
+    page_indices, cache = paged(module)
+    tokens = {"page_indices": page_indices, "kv_lens": lens(LEN, LEN)}
+    module(inputs(), cache, **tokens)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        module(inputs(), cache, **tokens)
+    assert not [r for r in caplog.records if "Compiling" in r.message]
+
+
+def test_requests_can_be_split_over_another_axis():
+    """Data parallelism is a shard_map around the layer; each group has a cache of its own."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    module = SparseMultiHeadLatentAttention(SPARSE_CONFIG, mesh=mesh, rngs=nnx.Rngs(0))
+    x, kv_lens = inputs(batch=4), lens(*[LEN] * 4)
+    page_indices, cache = paged(module, batch=4)
+    want, *_ = call(module, x, cache, page_indices=page_indices, kv_lens=kv_lens)
+
+    page_indices, num_pages = allocate_pages([LEN] * 2, 4)  # of one group
+    graphdef, params = nnx.split(module)
+
+    def group(params, x, cache, page_indices, kv_lens):
+        module, tokens = nnx.merge(graphdef, params), {"kv_lens": kv_lens}
+        out, cache, _ = module(x, cache, page_indices=page_indices, **tokens)
+        return out, cache
+
+    cache = module.init_cache(2 * num_pages, 4, format="float32")
+    groups = jax.shard_map(
+        group,
+        mesh=mesh,
+        axis_names={"data"},
+        in_specs=(P(), P("data"), P("data"), P("data"), P("data")),
+        out_specs=(P("data"), P("data")),
+    )
+    out, _ = jax.jit(groups)(params, x, cache, jnp.tile(page_indices, (2, 1)), kv_lens)
+    np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
+
+
+def test_ragged_calls_may_be_padding_only():
+    module = sparse()
+    tokens = {"page_indices": jnp.zeros((0, 2), jnp.int32), "kv_lens": jnp.zeros(0, jnp.int32)}
+    cache = module.init_cache(2, 4, format="float32")
+    out, after, _ = module(inputs()[0], cache, cu_q_lens=lens(0), **tokens)
+    assert np.isfinite(out).all()
+    np.testing.assert_array_equal(after.latent.data, cache.latent.data)
+
+
+def test_an_adapter_on_the_absorbed_projection_is_refused():
+    module = MultiHeadLatentAttention(CONFIG, rngs=nnx.Rngs(0))
+    module.kv_b_proj = nnx.LoRALinear(128, 8 * 28, lora_rank=2, rngs=nnx.Rngs(0))
+    page_indices, cache = paged(module)
+    with pytest.raises(ValueError, match=r"kv_b_proj is a LoRALinear.*Merge an adapter"):
+        module(inputs(), cache, page_indices=page_indices, kv_lens=lens(LEN, LEN))
+
+
 @pytest.mark.parametrize("make", [dense, sparse])
 @pytest.mark.parametrize("mesh_name", ["auto-8", "explicit-8"])
 def test_caches_can_be_made_under_jit_and_a_mesh(make, mesh_name):
@@ -331,7 +394,7 @@ def test_without_a_mesh_sharding_is_metadata_only():
     specs = {path[0]: spec.get_raw_value() for path, spec in flat.items()}
     assert specs["q_b_proj"] == specs["kv_b_proj"] == P(None, "model")
     assert specs["o_proj"] == P("model", None)
-    assert specs["q_a_proj"] == specs["kv_a_layernorm"] == P()
+    assert specs["q_a_proj"] == specs["kv_a_layernorm"] == P(None)
 
 
 def test_the_attention_all_reduce_is_the_only_communication():
@@ -382,6 +445,10 @@ def test_mistakes_are_named():
         module(x[0], cache, cu_q_lens=lens(0, LEN), **tokens)
     with pytest.raises(ValueError, match="cache is a LatentCache"):
         sparse()(x, cache, **tokens)
+    with pytest.raises(ValueError, match="x=None must be an array"):
+        module(None, cache, **tokens)
+    with pytest.raises(ValueError, match="implementation='cuda' must be None or one of"):
+        MultiHeadLatentAttention(CONFIG, implementation="cuda", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="num_heads=8 is not divisible by the 3 devices"):
         MultiHeadLatentAttention(CONFIG, mesh=make_mesh(3), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="axis 'heads' is not an axis of the mesh"):

@@ -174,6 +174,24 @@ def test_calls_outside_of_jit_compile_once(axis_type, caplog):
     assert not [r for r in caplog.records if "Compiling" in r.message]
 
 
+def test_equal_wrappers_share_their_programs(caplog):
+    op, args, _ = CASES["decode"]
+    mesh = make_mesh((8,), ("model",), AxisType.Auto)
+    tensor_parallel(op, mesh=mesh)(*args, sm_scale=0.07)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        tensor_parallel(op, mesh=mesh)(*args, sm_scale=0.07)
+    assert not [r for r in caplog.records if "Compiling" in r.message]
+
+
+def test_arguments_are_checked_before_they_are_traced():
+    _, (q, cache, table, _), _ = CASES["decode"]
+    decode = tensor_parallel(mla_decode, mesh=make_mesh((8,), ("model",), AxisType.Auto))
+    with pytest.raises(ValueError, match="kv_lens holds 4294967298, which is no int32"):
+        decode(q, cache, table, np.array([2**32 + 2, 4, 1, 1]), sm_scale=0.07)
+    with pytest.raises(ValueError, match=r"page_indices=\[\[0\]\] must be an array"):
+        decode(q, cache, [[0]], jnp.ones(4, jnp.int32), sm_scale=0.07)
+
+
 def test_errors_name_argument_and_remedy():
     with pytest.raises(ValueError, match="12, is not divisible by the 8 devices of head_axis"):
         call(q=CASES["sparse"][1][0][:, :12])

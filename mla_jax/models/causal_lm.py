@@ -24,6 +24,7 @@ from mla_jax.modules import (
     SparseMultiHeadLatentAttention,
 )
 from mla_jax.sharding import Parallelism
+from mla_jax.validation import as_arrays
 from pallas_kernels import layout
 
 LayerCache = LatentCache | SparseCache
@@ -50,7 +51,7 @@ class DecoderLayer(nnx.Module):
             **dtypes,
         }
         hidden_size = config.attention.hidden_size
-        norm = functools.partial(_rms_norm, config, rngs=rngs, **dtypes)
+        norm = functools.partial(_rms_norm, config, parallelism, rngs=rngs, **dtypes)
         self.input_layernorm = norm()
         self.self_attn = (
             SparseMultiHeadLatentAttention(
@@ -86,10 +87,16 @@ class DecoderLayer(nnx.Module):
         return x + out.reshape(x.shape), cache, topk_indices
 
 
-def _rms_norm(config: ModelConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.RMSNorm:
+def _rms_norm(
+    config: ModelConfig, parallelism: Parallelism, *, rngs: nnx.Rngs, **dtypes: Any
+) -> nnx.RMSNorm:
     dtypes = {k: v for k, v in dtypes.items() if k != "precision"}
     return nnx.RMSNorm(
-        config.attention.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs, **dtypes
+        config.attention.hidden_size,
+        epsilon=config.rms_norm_eps,
+        scale_metadata=parallelism.metadata(),
+        rngs=rngs,
+        **dtypes,
     )
 
 
@@ -121,7 +128,8 @@ class CausalLM(nnx.Module):
       dtype: dtype of the computation; None infers it from the parameters.
       param_dtype: dtype that the parameters are created in; the router's correction stays float32.
       precision: precision of the matrix products.
-      mesh: run tensor parallel over `model_axis` of this mesh; None takes the mesh in context.
+      mesh: run tensor parallel over `model_axis` of this mesh; None takes the mesh in context. See
+        `MultiHeadLatentAttention`.
       model_axis: the mesh axis that heads, MLP widths and vocabulary are split over.
       implementation: of attention and cache writes, "xla", "mosaic_gpu" or None to choose.
       rngs: random numbers for the parameters.
@@ -163,7 +171,7 @@ class CausalLM(nnx.Module):
             )
             for layer in range(config.num_layers)
         )
-        self.norm = _rms_norm(config, rngs=rngs, **dtypes)
+        self.norm = _rms_norm(config, self.parallelism, rngs=rngs, **dtypes)
         self.lm_head = nnx.Linear(
             hidden_size,
             config.vocab_size,
@@ -215,8 +223,11 @@ class CausalLM(nnx.Module):
         Raises:
           ValueError: for shapes that do not fit, or caches of other sizes or number.
         """
+        if not isinstance(caches, tuple | list):
+            raise ValueError(f"caches is a {type(caches).__name__}; make them with init_caches")
         if len(caches) != self.config.num_layers:
             raise ValueError(f"{len(caches)=} must be one per layer, {self.config.num_layers}")
+        (input_ids,) = as_arrays(input_ids=input_ids)
         if input_ids.ndim != (2 if cu_q_lens is None else 1):
             raise ValueError(
                 f"{input_ids.shape=} must be [batch, q_len], or [tokens] with cu_q_lens (given:"
@@ -251,6 +262,14 @@ class CausalLM(nnx.Module):
             )
             new_caches.append(cache)
         if last_token_only:
-            x = x[:, -1] if cu_q_lens is None else x[jnp.maximum(cu_q_lens[1:] - 1, 0)]
+            x = _last_tokens(x, cu_q_lens)
         logits = self.lm_head(self.norm(x)).astype(jnp.float32)
         return logits, tuple(new_caches)
+
+
+def _last_tokens(x: Array, cu_q_lens: Array | None) -> Array:
+    """Of x [batch, q_len, hidden_size] or ragged [tokens, hidden_size], one row per sequence."""
+    if x.shape[-2] == 0:
+        batch = x.shape[0] if cu_q_lens is None else cu_q_lens.shape[0] - 1
+        return jnp.zeros((batch, x.shape[-1]), x.dtype)
+    return x[:, -1] if cu_q_lens is None else x[jnp.maximum(cu_q_lens[1:] - 1, 0)]

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from mla_jax.indexer import IndexerConfig
 from mla_jax.modules import MLAConfig
 from mla_jax.rope import RopeConfig
+from mla_jax.validation import check_sizes
 
 # model_type -> whether it has the DSA indexer. kimi_k2 is DeepSeek V3's architecture.
 _MODEL_TYPES = {
@@ -58,6 +59,7 @@ class MoEConfig:
     routed_scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        check_sizes(intermediate_size=self.intermediate_size, num_experts=self.num_experts)
         if self.num_groups < 1 or self.num_experts % self.num_groups:
             raise ValueError(f"{self.num_experts=} must be divisible by {self.num_groups=}")
         if not 1 <= self.num_groups_per_token <= self.num_groups:
@@ -108,6 +110,15 @@ class ModelConfig:
     weight_block_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        check_sizes(
+            vocab_size=self.vocab_size,
+            num_layers=self.num_layers,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_position_embeddings,
+        )
+        # Static under jit: lists would not hash.
+        for name in ("dense_layers", "indexed_layers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.dense_layers) != self.num_layers:
             raise ValueError(f"{self.dense_layers=} must have {self.num_layers=} entries")
         if self.moe is None and not all(self.dense_layers):
@@ -158,6 +169,7 @@ class ModelConfig:
             return config[key]
 
         num_layers = required("num_hidden_layers")
+        check_sizes(num_hidden_layers=num_layers)
         sparse = _MODEL_TYPES[model_type]
         indexer = None
         if sparse:
@@ -198,7 +210,6 @@ class ModelConfig:
         if sparse:
             indexed_layers = _layer_flags(config, "indexer_types", ("full", "shared"), num_layers)
             indexed_layers = indexed_layers or (True,) * num_layers
-        eos = config.get("eos_token_id")
         return cls(
             model_type=model_type,
             vocab_size=required("vocab_size"),
@@ -211,13 +222,16 @@ class ModelConfig:
             indexed_layers=indexed_layers,
             max_position_embeddings=config.get("max_position_embeddings", 4096),
             num_nextn_predict_layers=config.get("num_nextn_predict_layers") or 0,
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=_token_ids(config.get("eos_token_id")),
             weight_block_size=_weight_block_size(config.get("quantization_config")),
         )
 
     @classmethod
     def from_file(cls, path: str | pathlib.Path) -> Self:
         """Parses a `config.json`; errors name the file.
+
+        The tokens that end a sequence are those of `generation_config.json`, where it lies beside
+        the file and names some: models that end in several ways list them all only there.
 
         Raises:
           FileNotFoundError: if there is no such file.
@@ -226,13 +240,27 @@ class ModelConfig:
         path = pathlib.Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: a checkpoint directory needs a config.json")
-        try:
-            config = json.loads(path.read_text())
-            if not isinstance(config, dict):
-                raise ValueError("not a JSON object")
-            return cls.from_hf(config)
-        except ValueError as error:  # JSONDecodeError is one.
-            raise ValueError(f"{path}: {error}") from error
+        config = _parsed(path, cls.from_hf)
+        generation = path.with_name("generation_config.json")
+        if not generation.is_file():
+            return config
+        eos = _parsed(generation, lambda generation: _token_ids(generation.get("eos_token_id")))
+        return dataclasses.replace(config, eos_token_ids=eos or config.eos_token_ids)
+
+
+def _parsed[T](path: pathlib.Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """`parse` of a file's JSON object; errors name the file."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return parse(content)
+    except ValueError as error:  # JSONDecodeError is one.
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _token_ids(eos: int | list[int] | None) -> tuple[int, ...]:
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 def _layer_flags(

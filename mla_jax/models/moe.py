@@ -1,6 +1,7 @@
 """Mixture of experts as DeepSeek V3 and GLM route it, computed expert by expert."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import PrecisionLike
 from jax import lax
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -72,13 +74,19 @@ class Router(nnx.Module):
         hidden_size: int,
         config: MoEConfig,
         *,
+        parallelism: Parallelism,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
         init = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (hidden_size, config.num_experts), param_dtype))
-        self.e_score_correction_bias = RoutingBias(jnp.zeros((config.num_experts,), jnp.float32))
+        self.kernel = nnx.Param(
+            init(rngs.params(), (hidden_size, config.num_experts), param_dtype),
+            **parallelism.metadata(),
+        )
+        self.e_score_correction_bias = RoutingBias(
+            jnp.zeros((config.num_experts,), jnp.float32), **parallelism.metadata()
+        )
 
     def __call__(
         self, x: Float[Array, "tokens hidden_size"]
@@ -90,7 +98,7 @@ class Router(nnx.Module):
             precision=lax.Precision.HIGHEST,
         )
         scores = jax.nn.sigmoid(logits)
-        choice = scores + self.e_score_correction_bias[...]
+        choice = scores + self.e_score_correction_bias[...][None]
         if c.num_groups > 1:
             grouped = choice.reshape(-1, c.num_groups, c.num_experts // c.num_groups)
             best_two, _ = lax.top_k(grouped, min(2, grouped.shape[-1]))
@@ -137,16 +145,29 @@ class Experts(nnx.Module):
         experts: Int[Array, "tokens k"],
         weights: Float[Array, "tokens k"],
     ) -> Float[Array, "tokens hidden_size"]:
-        axis = self.parallelism.axis
         mesh = self.parallelism.current_mesh()
         kernels = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
         x, *kernels = promote_dtype((x, *kernels), dtype=self.dtype)
-        apply = functools.partial(apply_experts, precision=self.precision)
         if mesh is None:
-            return apply(x, experts, weights, *kernels).astype(x.dtype)
+            apply = functools.partial(apply_experts, precision=self.precision)
+        else:
+            apply = _apply_split_experts(mesh, self.parallelism.axis, self.precision)
+        return apply(x, experts, weights, *kernels).astype(x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _apply_split_experts(
+    mesh: Mesh | AbstractMesh, axis: str, precision: PrecisionLike
+) -> Callable[..., Array]:
+    """`apply_experts`, the experts' widths split over the axis; compiled once for eager calls."""
+
+    def body(*args: Array) -> Array:
         # One sum over the devices at the end, instead of one per tile.
-        out = jax.shard_map(
-            lambda *args: lax.psum(apply(*args), axis),
+        return lax.psum(apply_experts(*args, precision=precision), axis)
+
+    return jax.jit(
+        jax.shard_map(
+            body,
             mesh=mesh,
             in_specs=(
                 P(),  # x [tokens, hidden_size]
@@ -158,8 +179,8 @@ class Experts(nnx.Module):
             ),
             out_specs=P(),
             check_vma=False,
-        )(x, experts, weights, *kernels)
-        return out.astype(x.dtype)
+        )
+    )
 
 
 def apply_experts(
@@ -237,7 +258,9 @@ class MoE(nnx.Module):
         precision: PrecisionLike = None,
         rngs: nnx.Rngs,
     ):
-        self.gate = Router(hidden_size, config, param_dtype=param_dtype, rngs=rngs)
+        self.gate = Router(
+            hidden_size, config, parallelism=parallelism, param_dtype=param_dtype, rngs=rngs
+        )
         sharded = {
             "parallelism": parallelism,
             "dtype": dtype,
