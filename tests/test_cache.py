@@ -280,3 +280,12 @@ def test_functions_of_caches_can_be_exported():
     written = jax.export.deserialize(exported.serialize()).call(*arguments)
     assert written.scale_format == "exact"
     np.testing.assert_array_equal(written.data, cache.write(*arguments[1:]).data)
+
+
+def test_kernels_can_be_exported_for_hopper_from_here():
+    pytest.importorskip("flatbuffers")
+    arguments = (LatentCache.init(2), jnp.ones((1, 512)), jnp.ones((1, 64)), jnp.array([5]))
+    write = jax.jit(functools.partial(LatentCache.write, implementation="mosaic_gpu"))
+    exported = jax.export.export(write, platforms=["cuda"])(*arguments)
+    assert "@mosaic_gpu" in exported.mlir_module()
+    assert jax.export.deserialize(exported.serialize()).platforms == ("cuda",)
