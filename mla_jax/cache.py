@@ -343,7 +343,7 @@ class LatentCache:
 jax.export.register_pytree_node_serialization(
     LatentCache,
     serialized_name="mla_jax.LatentCache",
-    serialize_auxdata=lambda sizes: json.dumps(sizes).encode(),
+    serialize_auxdata=lambda sizes: json.dumps(sizes, default=int).encode(),
     deserialize_auxdata=lambda data: tuple(json.loads(data)),
 )
 

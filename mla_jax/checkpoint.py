@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 
 from mla_jax.dispatch import Implementation
 from mla_jax.models import CausalLM, ModelConfig
-from mla_jax.sharding import mesh_in_context
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -325,7 +324,8 @@ def load_model(
             " huggingface_hub.snapshot_download, and give the directory that it returns"
         )
     config = ModelConfig.from_file(directory / "config.json")
-    mesh = mesh_in_context(model_axis) if mesh is None else mesh
+    if mesh is None and model_axis in jax.sharding.get_abstract_mesh().axis_names:
+        mesh = jax.sharding.get_mesh()
     if precision is None and jnp.dtype(dtype) == jnp.float32:
         precision = jax.lax.Precision.HIGHEST
     build = functools.partial(

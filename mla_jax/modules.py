@@ -237,7 +237,8 @@ class MultiHeadLatentAttention(nnx.Module):
         `q_proj`, `kv_b_proj`); None splits the columns over `head_axis`.
       out_kernel_metadata: the same of `o_proj`; None splits the rows.
       mesh: run tensor parallel over `head_axis` of this mesh. None takes the mesh in context
-        (`jax.set_mesh`) if it has that axis, and otherwise leaves everything on one device. An
+        (`jax.set_mesh`), here and in every call, if it has that axis, and otherwise leaves
+        everything on one device: a module made in the context of a mesh is called in one, too. An
         AbstractMesh serves `nnx.eval_shape` and lowering, where no array is made.
       head_axis: the mesh axis.
       implementation: of the attention op and the cache write: "xla", "mosaic_gpu" or None to
@@ -325,11 +326,11 @@ class MultiHeadLatentAttention(nnx.Module):
         return self._kv_b_kernel()[..., self.config.qk_nope_head_dim :]
 
     def _kv_b_kernel(self) -> Array:
-        if type(self.kv_b_proj) is not nnx.Linear:
+        if type(self.kv_b_proj).__call__ is not nnx.Linear.__call__:
             raise ValueError(
-                f"kv_b_proj is a {type(self.kv_b_proj).__name__}, but must be an nnx.Linear: its"
-                " kernel is absorbed into queries and outputs, the layer itself never called. Merge"
-                " an adapter into its kernel"
+                f"kv_b_proj is a {type(self.kv_b_proj).__name__}, but must be a plain nnx.Linear:"
+                " its kernel is absorbed into queries and outputs, the layer itself never called."
+                " Merge an adapter into its kernel"
             )
         return self.kv_b_proj.kernel[...].reshape(
             self.config.kv_lora_rank, self.config.num_heads, -1

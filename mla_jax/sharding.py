@@ -205,8 +205,7 @@ class Parallelism:
     """One mesh axis that heads, MLP columns and the vocabulary are split over.
 
     Attributes:
-      mesh: the mesh; None is replaced by the one in context (`jax.set_mesh`), if it has the axis.
-        What is split over it can then be used outside of that context, too.
+      mesh: the mesh, or None for the one in context (`jax.set_mesh`), if it has the axis.
       axis: name of the mesh axis.
     """
 
@@ -214,9 +213,7 @@ class Parallelism:
     axis: str = "model"
 
     def __post_init__(self) -> None:
-        if self.mesh is None:
-            object.__setattr__(self, "mesh", mesh_in_context(self.axis))
-        elif self.axis not in self.mesh.axis_names:
+        if self.mesh is not None and self.axis not in self.mesh.axis_names:
             raise ValueError(
                 f"axis {self.axis!r} is not an axis of the mesh: {self.mesh.axis_names}; name the"
                 " axis to split over"
@@ -307,13 +304,3 @@ def _on_each_device(
 ) -> Callable[..., Any]:
     body = functools.partial(f, **dict(static))
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
-
-
-def mesh_in_context(axis: str) -> Mesh | None:
-    """The mesh of `jax.set_mesh`, if it has the axis; None while tracing, where it is abstract."""
-    if axis not in jax.sharding.get_abstract_mesh().axis_names:
-        return None
-    try:
-        return jax.sharding.get_mesh()
-    except ValueError:
-        return None

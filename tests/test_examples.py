@@ -117,7 +117,7 @@ def test_prompt_files_are_checked(content, tmp_path, decode, capsys):
 
 def test_ops_example(capsys):
     runpy.run_path(str(EXAMPLES / "ops.py"), run_name="__main__")
-    assert "8 devices, 8 heads each, 8 keys: (2, 64, 512)" in capsys.readouterr().out
+    assert "8 devices, 8 heads each, 8 keys: (2, 1, 64, 512)" in capsys.readouterr().out
 
 
 def test_tensor_parallel_example(capsys):

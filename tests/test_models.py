@@ -392,9 +392,10 @@ def test_generation_config_says_what_ends_a_sequence(tmp_path):
     for text, ids in (("{}", (7,)), ('{"eos_token_id": [7, 8]}', (7, 8))):
         generation.write_text(text)
         assert ModelConfig.from_file(file).eos_token_ids == ids
-    generation.write_text("[")
-    with pytest.raises(ValueError, match=str(generation)):
-        ModelConfig.from_file(file)
+    for text in ("[", '{"eos_token_id": "7"}', '{"eos_token_id": [[7]]}'):
+        generation.write_text(text)
+        with pytest.raises(ValueError, match=str(generation)):
+            ModelConfig.from_file(file)
 
 
 def test_max_tensor_parallel_divides_everything():

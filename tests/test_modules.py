@@ -297,18 +297,6 @@ def test_tensor_parallelism_gives_the_same_numbers(make, mesh_name):
         np.testing.assert_allclose(have, want, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("mesh_name", ["auto-8", "explicit-8"])
-def test_the_mesh_of_the_constructor_s_context_is_kept(mesh_name):
-    with jax.set_mesh(MESHES[mesh_name]()):
-        module = MultiHeadLatentAttention(CONFIG, rngs=nnx.Rngs(0))
-    page_indices, cache = paged(module)
-    assert len(cache.data.devices()) == 8
-    out, _ = call(module, inputs(), cache, page_indices=page_indices, kv_lens=lens(LEN, LEN))
-    page_indices, cache = paged(dense())
-    want, _ = call(dense(), inputs(), cache, page_indices=page_indices, kv_lens=lens(LEN, LEN))
-    np.testing.assert_allclose(out, want, atol=2e-5, rtol=2e-5)
-
-
 def test_eager_calls_on_a_mesh_compile_once(caplog):
     module = SparseMultiHeadLatentAttention(SPARSE_CONFIG, mesh=make_mesh(2), rngs=nnx.Rngs(0))
     page_indices, cache = paged(module)
