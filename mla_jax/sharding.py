@@ -266,17 +266,21 @@ class Parallelism:
         except ValueError:  # while tracing, where the abstract mesh is enough
             return NamedSharding(context, P())  # pyright: ignore[reportArgumentType]
 
-    def on_each_device(self, f: Callable[..., Any], **static: Any) -> Callable[..., Any]:
-        """`f` on whole arrays, once per device, out of the partitioner's hands.
+    def on_each_device(
+        self, f: Callable[..., Any], in_specs: tuple[P, ...] | None = None, **static: Any
+    ) -> Callable[..., Any]:
+        """`f` once per device, out of the partitioner's hands; its results are replicated.
 
         Args:
           f: a function that lives as long as the program, since it is compiled once.
+          in_specs: where each of its arguments lies; None: all are whole on every device.
           **static: its keyword arguments, hashable.
         """
         mesh = self.current_mesh()
         if mesh is None:
             return functools.partial(f, **static)
-        return _on_each_device(f, mesh, tuple(static.items()))
+        specs = P() if in_specs is None else in_specs
+        return _on_each_device(f, mesh, specs, tuple(static.items()))
 
     def run(self, method: Callable[..., Any], module: nnx.Module, *args: Any) -> Any:
         """`method(module, *args)`, with Explicit mesh axes turned to Auto inside.
@@ -300,7 +304,12 @@ class Parallelism:
 
 @functools.lru_cache(maxsize=256)
 def _on_each_device(
-    f: Callable[..., Any], mesh: _Mesh, static: tuple[tuple[str, Any], ...]
+    f: Callable[..., Any],
+    mesh: _Mesh,
+    in_specs: P | tuple[P, ...],
+    static: tuple[tuple[str, Any], ...],
 ) -> Callable[..., Any]:
     body = functools.partial(f, **dict(static))
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    return jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=P(), check_vma=False)
+    )

@@ -260,9 +260,9 @@ def _parsed[T](path: pathlib.Path, parse: Callable[[dict[str, Any]], T]) -> T:
 
 
 def _token_ids(eos_token_id: Any) -> tuple[int, ...]:
-    ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     if eos_token_id is None:
         return ()
+    ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
     if not all(type(token) is int for token in ids):
         raise ValueError(f"{eos_token_id=} must be a token id or a list of them")
     return tuple(ids)

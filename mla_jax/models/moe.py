@@ -1,7 +1,6 @@
 """Mixture of experts as DeepSeek V3 and GLM route it, computed expert by expert."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import PrecisionLike
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -145,31 +143,12 @@ class Experts(nnx.Module):
         experts: Int[Array, "tokens k"],
         weights: Float[Array, "tokens k"],
     ) -> Float[Array, "tokens hidden_size"]:
-        mesh = self.parallelism.current_mesh()
+        axis = self.parallelism.axis
         kernels = self.gate_proj[...], self.up_proj[...], self.down_proj[...]
         x, *kernels = promote_dtype((x, *kernels), dtype=self.dtype)
-        if mesh is None:
-            apply = functools.partial(apply_experts, precision=self.precision)
-        else:
-            apply = _apply_split_experts(mesh, self.parallelism.axis, self.precision)
-        return apply(x, experts, weights, *kernels).astype(x.dtype)
-
-
-@functools.lru_cache(maxsize=64)
-def _apply_split_experts(
-    mesh: Mesh | AbstractMesh, axis: str, precision: PrecisionLike
-) -> Callable[..., Array]:
-    """`apply_experts`, the experts' widths split over the axis; compiled once for eager calls."""
-
-    def body(*args: Array) -> Array:
-        # One sum over the devices at the end, instead of one per tile.
-        return lax.psum(apply_experts(*args, precision=precision), axis)
-
-    return jax.jit(
-        jax.shard_map(
-            body,
-            mesh=mesh,
-            in_specs=(
+        apply = self.parallelism.on_each_device(
+            _apply_split_experts,
+            (
                 P(),  # x [tokens, hidden_size]
                 P(),  # experts [tokens, k]
                 P(),  # weights [tokens, k]
@@ -177,10 +156,16 @@ def _apply_split_experts(
                 P(None, None, axis),  # up_proj, the same
                 P(None, axis, None),  # down_proj [num_experts, intermediate_size, hidden_size]
             ),
-            out_specs=P(),
-            check_vma=False,
+            axis=None if self.parallelism.current_mesh() is None else axis,
+            precision=self.precision,
         )
-    )
+        return apply(x, experts, weights, *kernels).astype(x.dtype)
+
+
+def _apply_split_experts(*args: Array, axis: str | None, precision: PrecisionLike) -> Array:
+    """`apply_experts`; where widths are split, one sum at the end instead of one per tile."""
+    out = apply_experts(*args, precision=precision)
+    return out if axis is None else lax.psum(out, axis)
 
 
 def apply_experts(
